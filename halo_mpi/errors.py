@@ -1,0 +1,32 @@
+"""The failures that halo_mpi understands. Each is one sentence that names the file, rank or option and says what to do."""
+
+EXIT_DONE = 0
+EXIT_FAILED = 1  # the run failed (disk full included)
+EXIT_USAGE = 2  # wrong use or bad input
+EXIT_INTERRUPTED = 130  # the shell's convention for SIGINT: 128 + 2
+
+
+class HaloError(Exception):
+    """A failure with a one-line message for the user and the exit code of the program."""
+
+    exit_code = EXIT_FAILED
+
+
+class UsageError(HaloError):
+    """A wrong option value, or options that do not go together."""
+
+    exit_code = EXIT_USAGE
+
+
+class InputError(HaloError):
+    """A file given by the user cannot be used: missing, of an unknown kind, damaged, or not matching another one."""
+
+    exit_code = EXIT_USAGE
+
+
+class DamagedFileError(InputError):
+    """A file ends too early, or its content disagrees with its checksum or with itself."""
+
+
+class CapacityError(HaloError):
+    """Memory or disk does not hold what the run needs."""

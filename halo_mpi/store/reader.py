@@ -1,0 +1,142 @@
+"""Reading record files: h5py for the structure, `os.preadv` at the chunks' offsets for the records."""
+
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from halo_mpi.errors import DamagedFileError, InputError
+from halo_mpi.store.layout import FORMAT, RecordLayout
+from halo_mpi.store.writer import content_digest
+
+MODEL_FILE = "model.h5"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The records of one kind in one file: where each lies and what its checksum is."""
+
+    layout: RecordLayout
+    positions: dict[int, int]  # entry number in the whole model -> position in this file
+    offsets: np.ndarray  # int64 [layers, entries], bytes from the start of the file
+    crc32: np.ndarray  # uint32 [layers, entries]
+
+
+class RecordFile:
+    """One open HDF5 file of tables. Its digest is checked when it is opened, each record's crc32 when it is read.
+
+    Raises DamagedFileError if the file is truncated, not HDF5, or disagrees with its checksums.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs["halo_format"] != FORMAT:
+                    raise InputError(f"{path} has format {file.attrs['halo_format']}, this version reads {FORMAT}; convert it again")
+                self.digest = str(file.attrs["digest"])
+                if content_digest(file) != self.digest:
+                    raise DamagedFileError(f"{path} is damaged: its content does not match its digest; copy or convert it again")
+                self.meta = json.loads(file["meta"][()].tobytes())
+                self.tables = {name: self._open_table(file[name]) for name in file if name != "meta"}
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise InputError(f"{path} does not exist") from error
+        except PermissionError as error:
+            raise InputError(f"{path} may not be read; check its permissions") from error
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError, AttributeError) as error:
+            raise DamagedFileError(f"{path} is damaged or not a halo_mpi file; copy or convert it again ({_one_line(error)})") from error
+
+    def _open_table(self, group: h5py.Group) -> Table:
+        layout = RecordLayout.from_json(group.attrs["layout"])
+        records, index, crc32 = group["records"], group["index"][()], group["crc32"][()]
+        if records.chunks != (1, 1, layout.nbytes) or crc32.shape != records.shape[:2] or index.shape != records.shape[1:2]:
+            raise ValueError(f"table {group.name} has unexpected shapes")
+        offsets = np.zeros(crc32.shape, np.int64)
+        for layer, position in np.ndindex(*offsets.shape):
+            chunk = records.id.get_chunk_info_by_coord((layer, position, 0))
+            if chunk.byte_offset is None or chunk.size != layout.nbytes or chunk.filter_mask:
+                raise ValueError(f"record {layer}, {position} of table {group.name} is missing")
+            offsets[layer, position] = chunk.byte_offset
+        return Table(layout, {int(entry): position for position, entry in enumerate(index)}, offsets, crc32)
+
+    def read(self, name: str, layer: int, entry: int) -> np.ndarray:
+        """The bytes of one record, uint8 [nbytes].
+
+        Raises DamagedFileError that names file, layer and entry if the file is too short or the checksum differs.
+        """
+        table = self.tables[name]
+        position = table.positions[entry]
+        record = np.empty(table.layout.nbytes, np.uint8)
+        try:
+            count = os.preadv(self._descriptor, [record], int(table.offsets[layer, position]))
+        except OSError as error:
+            raise DamagedFileError(f"{self.path}: reading layer {layer}, {name} {entry} failed ({error.strerror}); check the disk") from error
+        if count != record.size or zlib.crc32(record) != table.crc32[layer, position]:
+            raise DamagedFileError(
+                f"{self.path} is damaged at layer {layer}, {name} {entry}: its checksum does not match; copy or convert it again"
+            )
+        return record
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class ModelStore:
+    """A `.halo` folder as one device sees it: `model.h5`, and those of the model's shards that lie on its disk."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise InputError(f"the model folder {folder} does not exist; make one with `halo-mpi convert SOURCE {folder}`")
+        if not (folder / MODEL_FILE).exists():
+            raise InputError(f"{folder} holds no {MODEL_FILE}; is it a folder made by `halo-mpi convert`?")
+        self.folder = folder
+        self.model = RecordFile(folder / MODEL_FILE)
+        self.meta = self.model.meta
+        self.digest = self.model.digest
+        self.shards: dict[int, RecordFile] = {}
+        for path in sorted(folder.glob("shard-*.h5")):
+            number = int(re.sub(r"\D", "", path.stem) or -1)
+            expected = self.meta["shard_digests"]
+            shard = RecordFile(path)
+            if not 0 <= number < len(expected) or shard.digest != expected[number]:
+                raise InputError(f"{path} does not belong to this {MODEL_FILE}; copy both from the same conversion")
+            self.shards[number] = shard
+
+    def layout(self, name: str) -> RecordLayout:
+        """The record layout of a table, from `model.h5` or any shard that is here."""
+        for file in (self.model, *self.shards.values()):
+            if name in file.tables:
+                return file.tables[name].layout
+        raise InputError(f"{self.folder} holds no shard with {name} records; copy a shard-KK.h5 to this host")
+
+    def has(self, name: str) -> bool:
+        return any(name in file.tables for file in (self.model, *self.shards.values()))
+
+    def read(self, name: str, layer: int, entry: int) -> np.ndarray:
+        """The bytes of one record, uint8, from whichever file here holds it.
+
+        Raises InputError if no file here holds it, DamagedFileError if its checksum differs.
+        """
+        for file in (self.model, *self.shards.values()):
+            if name in file.tables and entry in file.tables[name].positions:
+                return file.read(name, layer, entry)
+        raise InputError(f"no shard in {self.folder} holds {name} {entry}; copy the missing shard-KK.h5 to this host")
+
+    def entries(self, name: str) -> set[int]:
+        """The numbers of the table's entries that lie on this disk."""
+        files = (self.model, *self.shards.values())
+        return {entry for file in files if name in file.tables for entry in file.tables[name].positions}
+
+    def close(self) -> None:
+        for file in (self.model, *self.shards.values()):
+            file.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

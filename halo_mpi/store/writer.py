@@ -1,0 +1,112 @@
+"""Writing record files, and folders that appear under their final name only when they are complete."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from halo_mpi.errors import CapacityError, UsageError
+from halo_mpi.store.layout import ALIGNMENT, FORMAT, RecordLayout
+
+SMALLEST_ALIGNED = 4096  # bytes; records are aligned in the file, HDF5's own small structures are not
+
+
+class RecordFileWriter:
+    """One HDF5 file of tables (see `layout`), written record by record and closed with its metadata and digest.
+
+    Version-3 superblocks and object headers are used because they carry checksums of HDF5's own structures.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = h5py.File(
+            path, "w", libver=("v110", "v110"), alignment_threshold=SMALLEST_ALIGNED, alignment_interval=ALIGNMENT
+        )
+        self._crc32: dict[str, np.ndarray] = {}
+        self._positions: dict[str, dict[int, int]] = {}
+
+    def add_table(self, name: str, layout: RecordLayout, layers: int, index: list[int]) -> None:
+        """Declare a table of `layers` x len(index) records; `index` numbers its entries in the whole model."""
+        if not index:
+            return
+        group = self._file.create_group(name)
+        group.attrs["layout"] = layout.to_json()
+        group.create_dataset("index", data=np.array(index, "<i4"))
+        shape = (layers, len(index), layout.nbytes)
+        group.create_dataset("records", shape, np.uint8, chunks=(1, 1, layout.nbytes))
+        self._crc32[name] = np.zeros(shape[:2], "<u4")
+        self._positions[name] = {entry: position for position, entry in enumerate(index)}
+
+    def write(self, name: str, layer: int, entry: int, record: np.ndarray) -> None:
+        """Write one record, uint8 [nbytes]."""
+        position = self._positions[name][entry]
+        self._file[name]["records"][layer, position] = record
+        self._crc32[name][layer, position] = zlib.crc32(record)
+
+    def close(self, meta: dict) -> str:
+        """Write the metadata and checksums, flush to disk and return the file's digest (hex)."""
+        text = json.dumps(meta, sort_keys=True).encode()
+        for name, crc32 in self._crc32.items():
+            self._file[name].create_dataset("crc32", data=crc32)
+        self._file.create_dataset("meta", data=np.frombuffer(text, np.uint8))
+        digest = content_digest(self._file)
+        self._file.attrs["halo_format"] = FORMAT
+        self._file.attrs["digest"] = digest
+        self._file.close()
+        with open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
+        return digest
+
+
+def content_digest(file: h5py.File) -> str:
+    """sha256 (hex) over the metadata and every table's layout, index and checksums, and so over all content."""
+    digest = hashlib.sha256(file["meta"][()].tobytes())
+    for name in sorted(key for key in file if key != "meta"):
+        group = file[name]
+        digest.update(f"{name} {group.attrs['layout']} {group['records'].shape}".encode())
+        digest.update(group["index"][()].tobytes())
+        digest.update(group["crc32"][()].tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `final`, renamed to it if the body succeeds and removed if not.
+
+    Raises UsageError if `final` exists and may not be replaced, CapacityError if the disk does not hold `needed_bytes`
+    or fills up in the body.
+    """
+    if final.exists() and not replace:
+        raise UsageError(f"{final} exists already; choose another name, remove it, or add --force to replace it")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        if free < needed_bytes:
+            raise CapacityError(
+                f"the disk of {final.parent} has {free / 1e6:.0f} MB free but {final.name} needs about "
+                f"{needed_bytes / 1e6:.0f} MB; free some space or choose a smaller --dtype"
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    except OSError as error:
+        raise UsageError(f"cannot write in {final.parent}: {error.strerror}; choose another output folder") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as RuntimeError when it flushes late
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "errno = 28" in str(error):
+            raise CapacityError(f"the disk of {final.parent} is full; nothing was left under {final}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
