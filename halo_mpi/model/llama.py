@@ -1,0 +1,125 @@
+"""The mathematics of a share of a LLaMA: what some query heads and some FFN neurons add to the residual stream.
+
+A layer's output is the sum of its heads' and its neurons' contributions, so any set of them computes a partial sum:
+
+    attention:  x -> sum over own heads of  o_h softmax(rotate(q_h x) . K) V      [T, D] -> [T, D]
+    FFN:        x -> down[:, own] (silu(gate[own] x) * up[own] x)                 [T, D] -> [T, D]
+
+T tokens at positions p .. p+T-1, D = hidden, x already normalized. Everything is f32. Source: arXiv 2302.13971.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from halo_mpi.model.config import ModelConfig
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """The matrices of a rank's share of one layer, f32, fused so that each step is one product.
+
+    `runs` lists (local KV head, first, last + 1 query head) for query heads that share a KV head.
+    """
+
+    qkv: torch.Tensor  # [(query heads + 2 KV heads) * head_dim, D]
+    qkv_bias: torch.Tensor | None
+    o: torch.Tensor  # [D, query heads * head_dim]
+    runs: list[tuple[int, int, int]]
+    gate_up: torch.Tensor  # [2 neurons, D]
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor  # [D, neurons]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.qkv, self.qkv_bias, self.o, self.gate_up, self.gate_up_bias, self.down)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class Share:
+    """A rank's heads and neurons of every layer, with the KV cache of those heads.
+
+    The cache holds `context` positions; a call at position p overwrites what was there from p on, so a new sequence
+    begins at position 0 without a reset.
+    """
+
+    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int):
+        self.config = config
+        self.layers = layers
+        self.kv = []  # per layer: keys, values [KV heads, context, head_dim]
+        for layer in layers:
+            shape = (len(layer.runs), context, config.head_dim)
+            self.kv.append((torch.zeros(shape), torch.zeros(shape)))
+        cos, sin = config.rotary_tables(context)
+        self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)  # [context, head_dim / 2]
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.kv)
+
+    def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
+        """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
+        weights, (keys, values) = self.layers[layer], self.kv[layer]
+        tokens, dim, end = len(x), self.config.head_dim, position + len(x)
+        kv_heads = len(weights.runs)
+        qkv = F.linear(x, weights.qkv, weights.qkv_bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
+        heads = len(qkv) - 2 * kv_heads
+        rotated = self._rotate(qkv[: heads + kv_heads], position)
+        keys[:, position:end] = rotated[heads:]
+        values[:, position:end] = qkv[heads + kv_heads :]
+        mixed = torch.empty(heads, tokens, dim)
+        for kv, first, last in weights.runs:
+            scores = rotated[first:last] @ keys[kv, :end].T * dim**-0.5  # [run, T, end]
+            if tokens > 1:
+                scores += torch.full((tokens, end), -torch.inf).triu(position + 1)
+            mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
+        return F.linear(mixed.transpose(0, 1).reshape(tokens, -1), weights.o)
+
+    def ffn(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Partial sum of the own FFN neurons, [T, D], for the normed input x [T, D]."""
+        weights = self.layers[layer]
+        gate, up = F.linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, weights.down)
+
+    def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
+        """Rotary embedding of [heads, T, dim], pairing value i with value i + dim / 2 as Hugging Face does."""
+        cos, sin = (table[position : position + x.shape[1]] for table in (self._cos, self._sin))
+        low, high = x.chunk(2, -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+@dataclass(slots=True)
+class Trunk:
+    """What only the root holds: the vocabulary and the norms."""
+
+    embedding: torch.Tensor  # [V, D]
+    head: torch.Tensor  # [V, D], the same tensor if tied
+    attention_norms: torch.Tensor  # [layers, D]
+    ffn_norms: torch.Tensor  # [layers, D]
+    final_norm: torch.Tensor  # [D]
+    o_bias: torch.Tensor | None  # [layers, D]
+    down_bias: torch.Tensor | None  # [layers, D]
+
+    @property
+    def nbytes(self) -> int:
+        tensors = {id(tensor): tensor for tensor in (self.embedding, self.head, self.attention_norms, self.ffn_norms)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, D] divided by the root of its mean square, times weight [D] (arXiv 1910.07467)."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def runs_of(query_heads: list[int], heads_per_kv: int) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The KV heads that these query heads (in ascending order) need, and the runs of local query heads that share one."""
+    kv_heads = sorted({head // heads_per_kv for head in query_heads})
+    of_head = np.array([head // heads_per_kv for head in query_heads])
+    bounds = [np.searchsorted(of_head, (kv, kv + 1)) for kv in kv_heads]
+    return kv_heads, [(local, int(first), int(last)) for local, (first, last) in enumerate(bounds)]

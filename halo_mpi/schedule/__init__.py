@@ -1,0 +1,1 @@
+"""Who computes what: the placement of heads and neuron groups on ranks, and whether their memory holds it."""

@@ -1,0 +1,98 @@
+"""Who computes what: an owner rank for every query head and FFN group of every layer."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from halo_mpi.errors import InputError, UsageError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.records import owners, split_evenly
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Owner ranks: `query` int [layers, heads] and `ffn` int [layers, groups]."""
+
+    name: str
+    query: np.ndarray
+    ffn: np.ndarray
+
+    def query_heads(self, rank: int) -> list[list[int]]:
+        """The query heads of a rank in each layer, ascending."""
+        return [np.flatnonzero(owner == rank).tolist() for owner in self.query]
+
+    def groups(self, rank: int) -> list[list[int]]:
+        """The FFN groups of a rank in each layer, ascending."""
+        return [np.flatnonzero(owner == rank).tolist() for owner in self.ffn]
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "query": self.query.tolist(), "ffn": self.ffn.tolist()}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "Plan":
+        return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]))
+
+
+def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]]) -> Plan:
+    """The plan that `--placement` asks for; `available` tells which heads ("query") and groups ("ffn") each rank's disk holds.
+
+    even: the same number everywhere, up to one. root-attention: all heads on rank 0. FILE: shares from a JSON file,
+    {"heads": [count per rank], "groups": [count per rank]}. auto: even.
+
+    Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
+    """
+    ranks = len(available)
+    heads, groups = split_evenly(config.heads, ranks), split_evenly(config.groups, ranks)
+    fixed = False
+    if placement == "root-attention":
+        heads = [config.heads] + [0] * (ranks - 1)
+    elif placement in ("auto", "even"):
+        placement = "even"
+    else:
+        heads, groups = _shares_from_file(Path(placement), config, ranks)
+        fixed = True
+    query = _assign("query", heads, owners(heads), available, fixed or placement == "root-attention")
+    # Groups are striped over the shards by number, so a rank that holds only shard k of K = ranks gets what is there.
+    striped = owners(groups) if fixed else [group % ranks for group in range(config.groups)]
+    ffn = _assign("ffn", groups, striped, available, fixed)
+    return Plan(placement, np.tile(query, (config.layers, 1)), np.tile(ffn, (config.layers, 1)))
+
+
+def _assign(table: str, shares: list[int], preferred: list[int], available: list[dict[str, set[int]]], fixed: bool) -> np.ndarray:
+    """The preferred owner where its disk holds the entry, else the rank with the most of its share still open."""
+    what = {"query": "query head", "ffn": "FFN group"}[table]
+    load = np.zeros(len(shares), int)
+    result = np.empty(len(preferred), int)
+    for entry in sorted(range(len(preferred)), key=lambda entry: sum(entry in disk[table] for disk in available)):
+        holders = [rank for rank, disk in enumerate(available) if entry in disk[table]]
+        if not holders:
+            raise InputError(f"no host has the shard with {what} {entry}; copy the missing shard-KK.h5 to one of them")
+        rank = preferred[entry]
+        if rank not in holders:
+            if fixed:
+                raise InputError(f"the placement gives {what} {entry} to rank {rank}, whose disk lacks its shard; copy it or change the placement")
+            rank = min(holders, key=lambda holder: (load[holder] - shares[holder], holder))
+        load[rank] += 1
+        result[entry] = rank
+    return result
+
+
+def _shares_from_file(path: Path, config: ModelConfig, ranks: int) -> tuple[list[int], list[int]]:
+    if not path.exists():
+        raise UsageError(f"--placement {path}: neither auto, even, root-attention nor an existing file")
+    expected = {"heads": config.heads, "groups": config.groups}
+    try:
+        shares = json.loads(path.read_text())
+        lists = [shares[key] for key in expected]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f'{path} is not of the form {{"heads": [count per rank], "groups": [count per rank]}}') from error
+    for key, counts in zip(expected, lists):
+        if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise InputError(f"{path}: {key} must be a list of counts, one per rank")
+        if len(counts) != ranks or sum(counts) != expected[key]:
+            raise InputError(
+                f"{path}: {key} {counts} must have {ranks} counts (one per rank) that add up to the model's {expected[key]}"
+            )
+    return lists[0], lists[1]
