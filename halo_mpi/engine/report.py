@@ -1,0 +1,89 @@
+"""The report of a run (`--json`), one object; names and meaning are part of the tool's contract."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from halo_mpi import __version__
+from halo_mpi.engine.session import Session, machine_name, mpi_name
+from halo_mpi.errors import HaloError
+
+SCHEMA = 1
+
+
+def percentiles(samples: list[float], names: tuple[str, ...]) -> dict[str, float | None]:
+    """mean, p50, p95, ... and max of some samples, by name; None where there are none."""
+    if not samples:
+        return dict.fromkeys(names)
+    values = {"mean": float(np.mean(samples)), "max": float(np.max(samples))}
+    values |= {name: float(np.percentile(samples, int(name[1:]))) for name in names if name.startswith("p")}
+    return {name: round(values[name], 3) for name in names}
+
+
+def make_report(session: Session, devices: list[dict], prompt_tokens: int, token_ids: list[int], text: str | None,
+                ttft_ms: float | None, tpot_ms: list[float], perplexity: float | None = None) -> dict:  # fmt: skip
+    """The report of a finished run. `tpot_ms`: one sample per token after the first."""
+    run, meta, ledger = session.run, session.store.meta, session.root.ledger
+    mean = float(np.mean(tpot_ms)) if tpot_ms else None
+    return {
+        "schema": SCHEMA,
+        "halo_mpi": __version__,
+        "git": git_revision(),
+        "machine": machine_name(),
+        "model": {
+            "name": session.config.name,
+            "digest": session.store.digest,
+            "dtype": meta["dtype"],
+            "parameters": session.config.parameters,
+        },
+        "ranks": session.comm.size,
+        "mpi": mpi_name(),
+        "kernel": "reference",
+        "placement": session.plan.name,
+        "sync": {
+            "mode": run.sync,
+            "wire": run.wire,
+            "max_lag": 0,
+            "quality": None,
+            "deadline_ms": None,
+            "kick_ms": None,
+            "tuned_sockets": False,
+        },
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": len(token_ids),
+        "token_ids": token_ids,
+        "token_ids_sha256": hashlib.sha256(np.array(token_ids, "<i4").tobytes()).hexdigest(),
+        "text": text,
+        "perplexity": perplexity,
+        "ttft_ms": None if ttft_ms is None else round(ttft_ms, 3),
+        "tpot_ms": percentiles(tpot_ms, ("mean", "p50", "p95", "p99", "max")),
+        "sync_ms": percentiles(ledger.sync_ms, ("p50", "p99", "max")),
+        "tokens_per_s": round(1e3 / mean, 3) if mean else None,
+        "load_s": round(session.load_s, 3),
+        "ledger": ledger.to_dict(),
+        "devices": devices,
+        "events": session.events,
+    }
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write the report as JSON. Raises HaloError if the file cannot be written."""
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise HaloError(f"cannot write the report {path}: {error.strerror}") from error
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout that this program runs from, with a + if it was changed; None outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

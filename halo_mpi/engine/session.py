@@ -1,0 +1,181 @@
+"""Start-up and end of a run, the same code on every rank.
+
+    compare versions -> open the model, compare digests -> (root: read the work) -> plan -> check memory -> load -> connect
+
+Every step is taken together: a failure on one rank ends all with one line from the root.
+"""
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+from mpi4py import MPI
+
+from halo_mpi import __version__
+from halo_mpi.engine.agreement import together
+from halo_mpi.engine.options import RunOptions
+from halo_mpi.engine.root import PREFILL_ROWS, Root
+from halo_mpi.engine.worker import Served, serve
+from halo_mpi.errors import HaloError, InputError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.llama import Share
+from halo_mpi.model.loading import load_layer, load_trunk, share_bytes, trunk_bytes
+from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
+from halo_mpi.progress import progress
+from halo_mpi.schedule.memory import Need, available_bytes, check_memory
+from halo_mpi.schedule.placement import Plan, make_plan
+from halo_mpi.store.reader import ModelStore
+from halo_mpi.wire.exchange import ROOT, broadcast, gather
+from halo_mpi.wire.messages import PROTOCOL
+from halo_mpi.wire.polling import sharpen_timers
+from halo_mpi.wire.root_link import RootLink
+from halo_mpi.wire.worker_link import WorkerLink
+
+T = TypeVar("T")
+
+
+class Session:
+    """One run on one rank. Collective: every rank constructs it and calls the same methods in the same order."""
+
+    def __init__(self, comm: MPI.Comm, run: RunOptions):
+        self.begin = time.perf_counter()
+        self.comm, self.host = comm, socket.gethostname()
+        self.is_root = comm.rank == ROOT
+        self.events: list[dict] = []
+        torch.set_grad_enabled(False)
+        sharpen_timers()
+        self._compare("halo_mpi version", f"{__version__}, protocol {PROTOCOL}", "install the same version on all hosts")
+        self.run = self._with_roots_options(run)
+        self.ranks_on_host = self._count_ranks_on_host()
+        torch.set_num_threads(self.run.threads or max(1, _cores() // self.ranks_on_host))
+        self.store = together(comm, lambda: ModelStore(self.run.model))
+        self._compare(f"model in {self.run.model}", self.store.digest, "copy one conversion to all hosts")
+        self.config = together(comm, lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
+
+    def on_root(self, step: Callable[[], T]) -> T | None:
+        """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
+        return together(self.comm, lambda: step() if self.is_root else None)
+
+    def load(self, context: int | None) -> None:
+        """Plan, check memory, load this rank's share and connect (collective); `context`: the root's longest text."""
+        begin = time.perf_counter()
+        disk = {table: sorted(self.store.entries(table)) for table in ("query", "ffn")}
+        disks = gather(self.comm, disk)
+        plan = self.on_root(lambda: make_plan(self.config, self.run.placement, [{k: set(v) for k, v in d.items()} for d in disks]))
+        shared = broadcast(self.comm, {"plan": plan.to_dict(), "context": context} if plan else None)
+        self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
+        self._check_memory()
+        layers, trunk = together(self.comm, self._read_weights)
+        self.share = Share(self.config, layers, self.context)
+        self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
+        self.load_s = time.perf_counter() - begin
+        self.event("weights loaded")
+        link = RootLink if self.is_root else WorkerLink
+        self.link = link(self.comm, PREFILL_ROWS, self.config.hidden, self.run.wire)
+        self.root = Root(self.config, trunk, self.share, self.plan, self.link) if self.is_root else None
+
+    def serve(self) -> Served:
+        """A worker's part of the run, until the root says stop."""
+        return serve(self.link, self.share)
+
+    def finish(self, served: Served | None) -> list[dict]:
+        """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
+        if self.is_root:
+            self.link.stop()
+        mine = {
+            "rank": self.comm.rank,
+            "host": self.host,
+            "groups": sum(map(len, self.plan.groups(self.comm.rank))),
+            "heads": sum(map(len, self.plan.query_heads(self.comm.rank))),
+            "weights_bytes": self._weights_bytes,
+            "rss_bytes": psutil.Process().memory_info().rss,
+            "compute_s": served.compute_s if served else self.root.compute_s,
+        }
+        devices = gather(self.comm, mine)
+        self.store.close()
+        return [self._device(device) for device in devices]
+
+    def event(self, what: str) -> None:
+        """Note something for the report, with the time since start-up."""
+        self.events.append({"t_s": round(time.perf_counter() - self.begin, 3), "rank": self.comm.rank, "what": what})
+
+    def _device(self, measured: dict) -> dict:
+        """One entry of the report's devices: `speed` in GB/s of weights, `compute_ms` per token computed."""
+        tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
+        rank = measured["rank"]
+        return {
+            **measured,
+            "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3) if compute_s else None,
+            "rtt_ms": self.link.rtt_ms.get(rank, 0.0),
+            "late_rate": 0.0,
+            "sent_bytes": self.link.received_bytes.get(rank, sum(self.link.sent_bytes.values())),
+            "received_bytes": self.link.sent_bytes.get(rank, sum(self.link.received_bytes.values())),
+            "compute_ms": round(compute_s * 1e3 / tokens, 3),
+            "state": "ok",
+        }
+
+    def _compare(self, what: str, value: str, advice: str) -> None:
+        """End all ranks if `value` is not the same on all of them (collective)."""
+        values = gather(self.comm, {"host": self.host, "value": value})
+
+        def check() -> None:
+            for rank, other in enumerate(values):
+                if other["value"] != values[0]["value"]:
+                    raise InputError(
+                        f"the {what} differs: {_short(values[0]['value'])} on rank 0 ({values[0]['host']}), "
+                        f"{_short(other['value'])} on rank {rank} ({other['host']}); {advice}"
+                    )
+
+        self.on_root(check)
+
+    def _with_roots_options(self, run: RunOptions) -> RunOptions:
+        """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
+        shared = {name: getattr(run, name) for name in ("wire", "sync", "placement", "memory", "threads", "verbose")}
+        return RunOptions(model=run.model, report=run.report, **broadcast(self.comm, shared))
+
+    def _count_ranks_on_host(self) -> int:
+        hosts = broadcast(self.comm, [entry["host"] for entry in gather(self.comm, {"host": self.host})])
+        return hosts.count(self.host)
+
+    def _check_memory(self) -> None:
+        heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
+        weights, cache = share_bytes(self.config, heads, groups, self.context)
+        weights += trunk_bytes(self.config) if self.is_root else 0
+        mine = Need(self.comm.rank, self.host, weights, cache, available_bytes(), self.run.memory)
+        needs = gather(self.comm, {name: getattr(mine, name) for name in Need.__slots__})
+        self.on_root(lambda: check_memory([Need(**need) for need in needs], self.context))
+
+    def _read_weights(self):
+        heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
+        steps = range(self.config.layers)
+        if self.is_root:
+            steps = progress(steps, self.config.layers, "loading weights")
+        try:
+            layers = [load_layer(self.store, self.config, layer, heads[layer], groups[layer]) for layer in steps]
+            return layers, load_trunk(self.store, self.config) if self.is_root else None
+        except MemoryError as error:
+            raise HaloError("memory ran out while loading weights; use more ranks or a smaller model") from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _short(value: str) -> str:
+    return value[:12] if len(value) == 64 else value
+
+
+def mpi_name() -> str:
+    """For example "Open MPI 5.0.11"."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def machine_name() -> str:
+    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {torch.__version__}"

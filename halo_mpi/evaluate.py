@@ -1,0 +1,82 @@
+"""`python -m halo_mpi.evaluate`, under mpirun or alone: perplexity of a text, token by token through the same engine as generate."""
+
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from halo_mpi.engine.launch import run_distributed
+from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.errors import HaloError, UsageError
+
+EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smollm2-135m.halo --text book.txt --tokens 2000"
+
+
+@click.command(epilog=EXAMPLE)
+@run_options
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
+@click.option("--tokens", type=click.IntRange(2), help="Score only the first N tokens of the text. Default: all.")
+@click.option("--context", "window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window; each window starts afresh.")
+@click.option("--logprobs", type=click.Path(path_type=Path), help="Save the log-probability of each scored token, float32, as .npy.")
+@click.pass_obj
+def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None) -> None:
+    """Teacher-forced perplexity of a text.
+
+    The text is tokenized without special tokens and cut into consecutive windows of --context tokens. The first token of
+    a window is not scored.
+    """
+    from halo_mpi.engine.prompts import read_text
+    from halo_mpi.engine.report import make_report, write_report
+    from halo_mpi.engine.session import Session
+    from halo_mpi.progress import progress
+
+    session = Session(comm, run)
+
+    def read() -> list[int]:
+        if window > session.config.context:
+            raise UsageError(f"--context {window}: the model's context is {session.config.context}")
+        ids = session.tokenizer.encode(read_text(text), special=False)[:tokens]
+        if len(ids) < 2:
+            raise UsageError(f"{text} has {len(ids)} tokens; at least 2 are needed")
+        return ids
+
+    ids = session.on_root(read)
+    session.load(window)
+    if not session.is_root:
+        session.finish(session.serve())
+        return
+    scores, tpot_ms = [], []
+    for index in progress(range(len(ids)), len(ids), "evaluating"):
+        position = index % window
+        if index + 1 == len(ids) or position + 1 == window:
+            continue  # nothing is predicted from the last token of a window
+        begin = time.perf_counter()
+        logits = session.root.step(ids[index], position)
+        tpot_ms.append((time.perf_counter() - begin) * 1e3)
+        scores.append(_log_probability(logits, ids[index + 1]))
+    perplexity = float(np.exp(-np.mean(scores)))
+    devices = session.finish(None)
+    click.echo(f"perplexity {perplexity:.4f} over {len(scores)} scored tokens")
+    report = make_report(session, devices, len(ids), [], None, None, tpot_ms, perplexity)
+    report["scored_tokens"] = len(scores)
+    if logprobs:
+        try:
+            with open(logprobs, "wb") as file:
+                np.save(file, np.array(scores, np.float32), allow_pickle=False)
+        except OSError as error:
+            raise HaloError(f"cannot write {logprobs}: {error.strerror}") from error
+    if run.report:
+        write_report(run.report, report)
+
+
+def _log_probability(logits: np.ndarray, token: int) -> float:
+    """Log-probability of one token, for logits f32 [V]. Raises HaloError if they are not finite."""
+    if not np.isfinite(logits).all():
+        raise HaloError("the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32")
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+if __name__ == "__main__":
+    run_distributed(evaluate)

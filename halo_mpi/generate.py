@@ -1,0 +1,111 @@
+"""`python -m halo_mpi.generate`, under mpirun or alone: a model continues a text, or many."""
+
+import secrets
+import sys
+from pathlib import Path
+
+import click
+
+from halo_mpi.engine.launch import run_distributed
+from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.engine.sampling import Sampling
+from halo_mpi.errors import UsageError
+
+EXAMPLE = 'Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate --model models/smollm2-135m.halo --prompt "Once upon a time"'
+
+
+@click.command(epilog=EXAMPLE)
+@run_options
+@click.option("--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the text to continue from this UTF-8 file.")
+@click.option("--prompts", type=click.Path(path_type=Path), help='Continue many texts: one {"id": ..., "prompt": ...} a line, with own options.')
+@click.option("--out", type=click.Path(path_type=Path), help="With --prompts: write one result a line, each as soon as it is finished.")
+@click.option("--resume", is_flag=True, help="With --out: keep the results that are there and skip their prompts.")
+@click.option("--chat", is_flag=True, help="Take the prompt as one turn of a conversation, in the model's own template.")
+@click.option("--max-tokens", default=128, show_default=True, help="Most tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token (greedy).")
+@click.option("--top-k", default=0, show_default=True, help="Sample among the K likeliest tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens that together reach this probability.")
+@click.option("--min-p", default=0.0, show_default=True, help="Leave out tokens less likely than this share of the likeliest one.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: tokens that occurred become less likely.")
+@click.option("--seed", type=int, help="Same seed, ranks and placement: same text. Default: a new one, told in the report.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
+@click.pass_obj
+def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
+             chat: bool, seed: int | None, **options) -> None:  # fmt: skip
+    """Continue a text with a model whose weights are spread over the ranks.
+
+    The text goes to standard output as it is written, everything else to standard error.
+    """
+    from halo_mpi.engine import prompts as reading
+    from halo_mpi.engine.agreement import together
+    from halo_mpi.engine.report import make_report, write_report
+    from halo_mpi.engine.session import Session
+    from halo_mpi.engine.text import complete
+
+    def check() -> Sampling:
+        if sum(source is not None for source in (prompt, prompt_file, prompts)) != 1:
+            raise UsageError("give exactly one of --prompt, --prompt-file and --prompts")
+        if (prompts is None) != (out is None) or (resume and out is None):
+            raise UsageError("--prompts and --out go together, and --resume goes with them")
+        return Sampling(seed=secrets.randbits(32) if seed is None else seed, **options)
+
+    sampling = together(comm, check)
+    session = Session(comm, run)
+
+    def read() -> tuple[list, reading.ResultFile | None]:
+        if prompts is not None:
+            texts = reading.read_prompts(prompts, session.tokenizer, sampling, chat)
+        else:
+            text = reading.read_text(prompt_file) if prompt_file else prompt
+            texts = [reading.encode_prompt(session.tokenizer, text, sampling, chat)]
+        reading.check_context(texts, session.config.context)
+        results = reading.ResultFile(out, resume) if out else None
+        return [text for text in texts if not results or text.id not in results.done], results
+
+    texts, results = session.on_root(read) or ([], None)
+    session.load(max((len(text.tokens) + text.sampling.max_tokens for text in texts), default=1))
+    if not session.is_root:
+        session.finish(session.serve())
+        return
+    completions = []
+    for text in texts:
+        completion = complete(session.root, session.tokenizer, text.tokens, text.sampling, _show if results is None else _hide)
+        completions.append(completion)
+        if results:
+            mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
+            results.write({"id": text.id, "text": completion.text, "token_ids": completion.token_ids,
+                           "finish_reason": completion.finish_reason, "ttft_ms": completion.ttft_ms, "tpot_ms": mean})  # fmt: skip
+    if not results:
+        _show("\n")
+    devices = session.finish(None)
+    token_ids = [token for completion in completions for token in completion.token_ids]
+    tpot_ms = [sample for completion in completions for sample in completion.tpot_ms]
+    report = make_report(session, devices, sum(len(text.tokens) for text in texts), token_ids,
+                         completions[0].text if not results else None, completions[0].ttft_ms if completions else None, tpot_ms)  # fmt: skip
+    report["seed"] = sampling.seed
+    _summarize(report, len(completions))
+    if run.report:
+        write_report(run.report, report)
+
+
+def _show(text: str) -> None:
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
+
+
+def _hide(text: str) -> None:
+    pass
+
+
+def _summarize(report: dict, texts: int) -> None:
+    many = f"{texts} texts, " if texts != 1 else ""
+    tpot = report["tpot_ms"]["p50"]
+    speed = f", time per token {tpot:.1f} ms (median)" if tpot else ""
+    first = f", first token after {report['ttft_ms']:.0f} ms" if report["ttft_ms"] is not None and texts == 1 else ""
+    click.echo(f"{many}{report['prompt_tokens']} prompt tokens, {report['generated_tokens']} generated on {report['ranks']} ranks{first}{speed}", err=True)
+
+
+if __name__ == "__main__":
+    run_distributed(generate)
