@@ -28,5 +28,11 @@ class DamagedFileError(InputError):
     """A file ends too early, or its content disagrees with its checksum or with itself."""
 
 
-class CapacityError(HaloError):
-    """Memory or disk does not hold what the run needs."""
+class MemoryBudgetError(HaloError):
+    """The memory of a rank or host does not hold its share of the model; found out before anything is loaded."""
+
+    exit_code = EXIT_USAGE
+
+
+class DiskFullError(HaloError):
+    """The disk does not hold what is to be written."""

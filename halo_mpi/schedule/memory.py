@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from halo_mpi.errors import CapacityError
+from halo_mpi.errors import MemoryBudgetError
 
 BASE_BYTES = 300 * 2**20  # interpreter, torch and MPI of one rank: 230 to 290 MB resident, measured with torch 2.13 CPU
 
@@ -39,12 +39,12 @@ def available_bytes() -> int:
 
 
 def check_memory(needs: list[Need], context: int) -> None:
-    """Raise CapacityError if a rank's share is over its `--memory`, or the ranks of a host together over what is free."""
+    """Raise MemoryBudgetError if a rank's share is over its `--memory`, or the ranks of a host together over what is free."""
     advice = f"use more ranks or hosts, a smaller model, or fewer --max-tokens (KV cache of {context} tokens)"
     for need in needs:
         total = need.weights + need.cache
         if need.budget is not None and total > need.budget:
-            raise CapacityError(
+            raise MemoryBudgetError(
                 f"rank {need.rank} on {need.host} needs {_megabytes(total)} ({_parts(need)}) but --memory allows "
                 f"{_megabytes(need.budget)}; {advice}"
             )
@@ -54,7 +54,7 @@ def check_memory(needs: list[Need], context: int) -> None:
         free = min(need.available for need in here)
         if total > free:
             ranks = ", ".join(str(need.rank) for need in here)
-            raise CapacityError(
+            raise MemoryBudgetError(
                 f"host {host} (rank {ranks}) needs {_megabytes(total)} (weights {_megabytes(sum(n.weights for n in here))}, KV cache "
                 f"{_megabytes(sum(n.cache for n in here))}, programs {_megabytes(BASE_BYTES * len(here))}) but has {_megabytes(free)} free; {advice}"
             )

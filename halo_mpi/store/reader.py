@@ -36,7 +36,7 @@ class RecordFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path, "r", locking=False) as file:  # never changed in place
                 if file.attrs["halo_format"] != FORMAT:
                     raise InputError(f"{path} has format {file.attrs['halo_format']}, this version reads {FORMAT}; convert it again")
                 self.digest = str(file.attrs["digest"])

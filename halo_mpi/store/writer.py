@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from halo_mpi.errors import CapacityError, UsageError
+from halo_mpi.errors import DiskFullError, UsageError
 from halo_mpi.store.layout import ALIGNMENT, FORMAT, RecordLayout
 
 SMALLEST_ALIGNED = 4096  # bytes; records are aligned in the file, HDF5's own small structures are not
@@ -82,7 +83,7 @@ def content_digest(file: h5py.File) -> str:
 def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `final`, renamed to it if the body succeeds and removed if not.
 
-    Raises UsageError if `final` exists and may not be replaced, CapacityError if the disk does not hold `needed_bytes`
+    Raises UsageError if `final` exists and may not be replaced, DiskFullError if the disk does not hold `needed_bytes`
     or fills up in the body.
     """
     if final.exists() and not replace:
@@ -91,7 +92,7 @@ def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterato
         final.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(final.parent).free
         if free < needed_bytes:
-            raise CapacityError(
+            raise DiskFullError(
                 f"the disk of {final.parent} has {free / 1e6:.0f} MB free but {final.name} needs about "
                 f"{needed_bytes / 1e6:.0f} MB; free some space or choose a smaller --dtype"
             )
@@ -105,8 +106,9 @@ def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterato
             shutil.rmtree(final)
         partial.rename(final)
     except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as RuntimeError when it flushes late
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "errno = 28" in str(error):
-            raise CapacityError(f"the disk of {final.parent} is full; nothing was left under {final}") from error
+        if getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error):
+            sys.unraisablehook = lambda _: None  # HDF5 would say the same of every object that it cannot flush any more
+            raise DiskFullError(f"the disk of {final.parent} is full; nothing was left under {final}") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

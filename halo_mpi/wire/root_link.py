@@ -70,4 +70,4 @@ class RootLink:
             begin = time.perf_counter()
             self.collect(self.ask(Kind.PING, 0, 0, None, [worker]), [worker])
             times.append((time.perf_counter() - begin) * 1e3)
-        return float(np.median(times))
+        return round(float(np.median(times)), 3)

@@ -1,0 +1,173 @@
+"""Every failure is one clear line, the right exit code and the end of all ranks."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from tests.conftest import converted
+from tests.mpi import Finished, finish, halo, mpirun_options, run, start_command
+from tests.tiny_models import write_tiny_hf
+
+PROMPT = ("--prompt", "The quick brown fox")
+
+
+def fails(finished: Finished, code: int, *parts: str) -> None:
+    """The run ended with this exit code and exactly one line of ours, which has these parts; no traceback."""
+    assert finished.code == code, finished.err
+    assert len(finished.complaints) == 1, finished.err
+    assert "Traceback" not in finished.err
+    for part in parts:
+        assert part in finished.complaints[0]
+
+
+WRONG_USE = {
+    "no model": (["--model", "nowhere.halo", *PROMPT], "nowhere.halo does not exist"),
+    "not a model": (["--model", "tests", *PROMPT], "model.h5"),
+    "unknown option": (["--model", "M", *PROMPT, "--speed", "9"], "--speed"),
+    "not a number": (["--model", "M", *PROMPT, "--max-tokens", "many"], "--max-tokens"),
+    "temperature": (["--model", "M", *PROMPT, "--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+    "top-p": (["--model", "M", *PROMPT, "--top-p", "0"], "--top-p"),
+    "wire": (["--model", "M", *PROMPT, "--wire", "f64"], "--wire"),
+    "two prompts": (["--model", "M", *PROMPT, "--prompt-file", "README.md"], "exactly one"),
+    "no prompt": (["--model", "M"], "exactly one"),
+    "empty prompt": (["--model", "M", "--prompt", ""], "the prompt is empty"),
+    "prompt too long": (["--model", "M", "--prompt", "fox " * 600], "context is 512"),
+    "text too long": (["--model", "M", *PROMPT, "--max-tokens", "1000"], "--max-tokens"),
+    "missing prompt file": (["--model", "M", "--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    "placement": (["--model", "M", *PROMPT, "--placement", "nowhere.json"], "nowhere.json"),
+    "memory size": (["--model", "M", *PROMPT, "--memory", "much"], "'much' is not a size"),
+    "memory": (["--model", "M", *PROMPT, "--memory", "100K"], "rank 0 on"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USE)
+def test_wrong_use_on_one_rank(tiny, case):
+    options, part = WRONG_USE[case]
+    command = [sys.executable, "-m", "halo_mpi.generate", *(str(tiny) if option == "M" else option for option in options)]
+    fails(finish(start_command(command), 60), 2, part)
+
+
+@pytest.mark.parametrize("case", ["no model", "unknown option", "temperature", "empty prompt", "memory"])
+def test_wrong_use_is_told_once_by_three_ranks(tiny, case):
+    options, part = WRONG_USE[case]
+    fails(halo(3, "generate", *(tiny if option == "M" else option for option in options)), 2, part)
+
+
+def test_a_prompt_file_that_is_not_utf_8_is_named_with_the_place(tiny, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("Grüße".encode("latin-1"))
+    fails(halo(2, "generate", "--model", tiny, "--prompt-file", tmp_path / "latin1.txt"), 2, "latin1.txt is not UTF-8", "offset 2")
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        ("{", "line 2: not JSON"),
+        ('{"id": 1}', "line 2: expected an object"),
+        ('{"id": 0, "prompt": "x"}', "line 2: the id 0 is used twice"),
+        ('{"id": 1, "prompt": "x", "temprature": 1}', "line 2: unknown option 'temprature'"),
+        ('{"id": 1, "prompt": "x", "temperature": "hot"}', "line 2: temperature must be of type float"),
+        ('{"id": 1, "prompt": "x", "top_p": 7}', "line 2: --top-p 7: must be above 0"),
+        ('{"id": 1, "prompt": ""}', "line 2: the prompt with id 1 is empty"),
+    ],
+)
+def test_a_wrong_line_of_prompts_is_named(tiny, tmp_path, line, part):
+    from halo_mpi.engine.prompts import read_prompts
+    from halo_mpi.engine.sampling import Sampling
+    from halo_mpi.errors import InputError
+    from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
+    from halo_mpi.store.reader import ModelStore
+
+    (tmp_path / "in.jsonl").write_text(f'{{"id": 0, "prompt": "x"}}\n{line}\n')
+    tokenizer = Tokenizer(TokenizerFiles.from_dict(ModelStore(tiny).meta["tokenizer"]))
+    with pytest.raises(InputError) as failure:
+        read_prompts(tmp_path / "in.jsonl", tokenizer, Sampling(), chat=False)
+    assert part in str(failure.value)
+
+
+def several(*programs: list) -> Finished:
+    """One job of one rank for each command line."""
+    command = ["mpirun", *mpirun_options()]
+    for number, program in enumerate(programs):
+        command += ([":"] if number else []) + ["-n", "1", sys.executable, *program]
+    return finish(start_command(command), 60)
+
+
+def test_model_folders_that_differ_between_ranks_are_told(tiny, tmp_path):
+    write_tiny_hf(tmp_path / "source", seed=1)
+    other = converted(tmp_path / "source", tmp_path / "other.halo", "f32")
+    fails(several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, other))), 2, "model in", "differs", "rank 1")
+
+
+def test_a_model_that_only_one_rank_lacks_is_told_with_the_rank(tiny):
+    fails(several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, "gone.halo"))), 2, "rank 1 on", "gone.halo")
+
+
+def test_ranks_of_different_versions_do_not_work_together(tiny):
+    options = ["--model", tiny, *PROMPT]
+    finished = several(["-m", "halo_mpi.generate", *options], ["-m", "tests.programs.other_version", *options])
+    fails(finished, 2, "halo_mpi version differs", "0.0.9", "rank 1")
+
+
+def test_a_damaged_record_is_told_with_file_layer_and_group(tiny, tmp_path):
+    from halo_mpi.store.reader import RecordFile
+
+    model = tmp_path / "damaged.halo"
+    shutil.copytree(tiny, model)
+    shard = model / "shard-01.h5"
+    offset = int(RecordFile(shard).tables["ffn"].offsets[1, 0])
+    with open(shard, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\x01\x02\x03")
+    fails(halo(2, "generate", "--model", model, *PROMPT), 2, "shard-01.h5 is damaged at layer 1, ffn 1")
+
+
+def test_a_truncated_shard_is_told(tiny, tmp_path):
+    model = tmp_path / "truncated.halo"
+    shutil.copytree(tiny, model)
+    content = (model / "shard-02.h5").read_bytes()
+    (model / "shard-02.h5").write_bytes(content[: len(content) // 3])
+    fails(halo(1, "generate", "--model", model, *PROMPT), 2, "shard-02.h5")
+
+
+def test_a_shard_that_nobody_has_is_told(tiny, tmp_path):
+    model = tmp_path / "partial.halo"
+    shutil.copytree(tiny, model)
+    (model / "shard-01.h5").unlink()
+    fails(halo(2, "generate", "--model", model, *PROMPT), 2, "no host has the shard with")
+
+
+def test_ranks_with_different_shards_share_the_work_by_what_they_have(tiny, tmp_path):
+    """Each of three hosts holds one shard of three: nothing is missing, nobody reads what it lacks."""
+    models = []
+    for rank in range(3):
+        model = tmp_path / f"rank{rank}.halo"
+        shutil.copytree(tiny, model, ignore=shutil.ignore_patterns(*(f"shard-0{shard}.h5" for shard in range(3) if shard != rank)))
+        models.append(model)
+    finished = several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT, "--max-tokens", "8"] for model in models))
+    assert finished.code == 0, finished.err
+    assert finished.out == halo(1, "generate", "--model", tiny, *PROMPT, "--max-tokens", "8").out
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_unexpected_exception_on_any_rank_ends_the_job_and_names_the_rank(tiny, rank):
+    finished = run(3, "-m", "tests.programs.broken_rank", "--model", tiny, *PROMPT, "--seed", rank)
+    assert finished.code != 0
+    assert len(finished.complaints) == 1 and f"rank {rank} on" in finished.complaints[0] and "ZeroDivisionError" in finished.complaints[0]
+    assert "Traceback" not in finished.err
+
+
+def test_the_report_of_a_failed_run_is_not_written(tiny, tmp_path):
+    halo(1, "generate", "--model", tiny, *PROMPT, "--max-tokens", 1000, "--json", tmp_path / "report.json")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told(tiny, tmp_path):
+    fails(halo(1, "generate", "--model", tiny, *PROMPT, "--json", tmp_path / "missing" / "report.json"), 1, "report.json")
+
+
+def test_the_placement_file_is_checked(tiny, tmp_path):
+    for content, part in ((json.dumps({"heads": [4, 0]}), "form"), (json.dumps({"heads": [3, 2], "groups": [3, 0]}), "add up to the model's 4")):
+        (tmp_path / "placement.json").write_text(content)
+        fails(halo(2, "generate", "--model", tiny, *PROMPT, "--placement", tmp_path / "placement.json"), 2, part)
