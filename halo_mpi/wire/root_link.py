@@ -20,13 +20,13 @@ class RootLink:
     which also makes MPI open its connections.
     """
 
-    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str):
+    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
         self.workers = list(range(1, comm.size))
         self._wire = wire
         self._seq = 0
         self._ring = ReceiveRing(comm, self.workers, RING_DEPTH, rows, width)
         self._pool = SendPool(comm, rows, width)
-        self._waiter = Waiter()
+        self._waiter = waiter or Waiter()
         self.sent_bytes = {worker: 0 for worker in self.workers}
         self.rtt_ms = {worker: self._ping(worker) for worker in self.workers}
 
@@ -55,7 +55,7 @@ class RootLink:
                 answers[worker] = message.read().copy()
                 self._waiter.heard()
             if len(answers) < len(workers):
-                self._waiter.sleep()
+                self._waiter.wait()
         return [answers[worker] for worker in workers]
 
     def stop(self) -> None:

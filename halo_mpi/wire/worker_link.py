@@ -16,15 +16,15 @@ RING_DEPTH = 4
 class WorkerLink:
     """Receives requests and sends the answers, in the wire format of the request."""
 
-    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str):
+    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
         self._wire = wire
+        self._waiter = waiter or Waiter()
         self._ring = ReceiveRing(comm, [ROOT], RING_DEPTH, rows, width)
         self._pool = SendPool(comm, rows, width)
 
     def requests(self) -> Iterator[Message]:
         """Every request in the order of seq, until the root says stop. Pings are answered here."""
-        waiter = Waiter()
-        stopped = False
+        waiter, stopped = self._waiter, False
         while not stopped:
             for _, request in self._ring.poll():
                 waiter.heard()
@@ -35,7 +35,7 @@ class WorkerLink:
                 else:
                     yield request
             if not stopped:
-                waiter.sleep()
+                waiter.wait()
         self._pool.close()
         self._ring.close()
 
