@@ -64,3 +64,7 @@ def main() -> None:
         from halo_mpi.engine.session import run_distributed
 
         run_distributed(command, arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """`halo-mpi convert`: a GGUF file or a Hugging Face folder becomes a `.halo` folder of sharded HDF5 files."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,22 +57,20 @@ def write_model(source: Source, out: Path, dtype: str, shards: int, replace: boo
     with new_folder(out, needed_bytes=int(size * 1.01) + 2**20, replace=replace) as folder:
         digests = []
         for shard in progress(range(shards), shards, "writing shards"):
-            file = RecordFileWriter(folder / f"shard-{shard:02d}.h5")
-            for name, layout in shard_layouts.items():
-                file.add_table(name, layout, config.layers, indexes[shard][name])
-                for layer in range(config.layers):
-                    for entry in indexes[shard][name]:
+            with RecordFileWriter(folder / f"shard-{shard:02d}.h5") as file:
+                for name, layout in shard_layouts.items():
+                    file.add_table(name, layout, config.layers, indexes[shard][name])
+                    for layer, entry in itertools.product(range(config.layers), indexes[shard][name]):
                         file.write(name, layer, entry, layout.pack(_matrices(source, config, name, layer, entry, biases)))
-            digests.append(file.close({**common, "shard": shard}))
-        file = RecordFileWriter(folder / MODEL_FILE)
-        for name, (layout, layers, entries) in tables.items():
-            file.add_table(name, layout, layers, list(range(entries)))
-        for name, layer, entry, matrices in progress(
-            _model_records(source, config, biases), config.layers + 2 * vocabulary_blocks(config), "writing model.h5"
-        ):
-            file.write(name, layer, entry, tables[name][0].pack(matrices))
-        meta = {**common, "tokenizer": source.tokenizer.to_dict(), "source": source.summary, "biases": sorted(biases)}
-        file.close({**meta, "shard_digests": digests})
+                digests.append(file.close({**common, "shard": shard}))
+        with RecordFileWriter(folder / MODEL_FILE) as file:
+            for name, (layout, layers, entries) in tables.items():
+                file.add_table(name, layout, layers, list(range(entries)))
+            records = sum(layers * entries for _, layers, entries in tables.values())
+            for name, layer, entry, matrices in progress(_model_records(source, config, biases), records, "writing model.h5"):
+                file.write(name, layer, entry, tables[name][0].pack(matrices))
+            meta = {**common, "tokenizer": source.tokenizer.to_dict(), "source": source.summary, "biases": sorted(biases)}
+            file.close({**meta, "shard_digests": digests})
 
 
 def _matrices(source: Source, config: ModelConfig, table: str, layer: int, entry: int, biases: set[str]) -> dict:

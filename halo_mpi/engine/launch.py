@@ -12,7 +12,7 @@ import click
 
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError
 
-EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where launch/halo-mpirun reads the program's own exit code
+EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 
 
 def run_distributed(command: click.Command, arguments: list[str] | None = None) -> None:
@@ -49,8 +49,8 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         _leave_exit_code(comm, code)
         if comm.size > 1:
             comm.Abort(code)
-    _leave_exit_code(comm, code)
-    sys.exit(code)
+    # Under halo-mpirun, which returns the code in the file, nobody tells mpirun of an orderly failure: it would add a banner.
+    sys.exit(EXIT_DONE if _leave_exit_code(comm, code) else code)
 
 
 def _run(comm, command: click.Command, arguments: list[str]) -> int:
@@ -81,8 +81,12 @@ def _describe(error: BaseException, verbose: bool) -> str:
     return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}"
 
 
-def _leave_exit_code(comm, code: int) -> None:
+def _leave_exit_code(comm, code: int) -> bool:
+    """Whether launch/halo-mpirun will know the exit code without mpirun; the root writes it for all."""
     path = os.environ.get(EXIT_FILE)
     if path and comm.rank == 0:
-        with contextlib.suppress(OSError):
+        try:
             Path(path).write_text(str(code))
+        except OSError:  # the root runs on another host than halo-mpirun
+            return False
+    return bool(path)

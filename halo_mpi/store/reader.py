@@ -39,7 +39,7 @@ class RecordFile:
             with h5py.File(path, "r", locking=False) as file:  # never changed in place
                 if file.attrs["halo_format"] != FORMAT:
                     raise InputError(f"{path} has format {file.attrs['halo_format']}, this version reads {FORMAT}; convert it again")
-                self.digest = str(file.attrs["digest"])
+                self.digest = file.attrs["digest"].decode()
                 if content_digest(file) != self.digest:
                     raise DamagedFileError(f"{path} is damaged: its content does not match its digest; copy or convert it again")
                 self.meta = json.loads(file["meta"][()].tobytes())
@@ -53,7 +53,7 @@ class RecordFile:
             raise DamagedFileError(f"{path} is damaged or not a halo_mpi file; copy or convert it again ({_one_line(error)})") from error
 
     def _open_table(self, group: h5py.Group) -> Table:
-        layout = RecordLayout.from_json(group.attrs["layout"])
+        layout = RecordLayout.from_json(group.attrs["layout"].decode())
         records, index, crc32 = group["records"], group["index"][()], group["crc32"][()]
         if records.chunks != (1, 1, layout.nbytes) or crc32.shape != records.shape[:2] or index.shape != records.shape[1:2]:
             raise ValueError(f"table {group.name} has unexpected shapes")

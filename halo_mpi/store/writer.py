@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -21,16 +20,66 @@ from halo_mpi.store.layout import ALIGNMENT, FORMAT, RecordLayout
 SMALLEST_ALIGNED = 4096  # bytes; records are aligned in the file, HDF5's own small structures are not
 
 
-class RecordFileWriter:
-    """One HDF5 file of tables (see `layout`), written record by record and closed with its metadata and digest.
+class _Disk:
+    """A file whose writes never fail towards HDF5, which crashes when it must close a file that it could not write.
 
-    Version-3 superblocks and object headers are used because they carry checksums of HDF5's own structures.
+    The first failure is kept in `error`; from then on writes are dropped, and what was dropped is read as zeros.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self._file = open(path, "w+b", buffering=0)
+        self.error: OSError | None = None
+        self.seek, self.tell, self.truncate = self._file.seek, self._file.tell, self._file.truncate
+        self.read = self._file.read  # h5py takes what can read and seek for a file
+
+    def write(self, data: memoryview) -> int:
+        rest = memoryview(data).cast("B")
+        while rest and self.error is None:
+            try:
+                rest = rest[self._file.write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self._file.readinto(buffer)
+        if self.error is not None:
+            memoryview(buffer).cast("B")[count:] = bytes(len(buffer) - count)
+            return len(buffer)
+        return count
+
+    def flush(self) -> None:
+        pass  # there is no buffer
+
+    def close(self) -> None:
+        """Wait until the disk has everything. Raises OSError for what failed before."""
+        try:
+            if self.error is None:
+                os.fsync(self._file.fileno())
+            self.check()
+        finally:
+            self._file.close()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class RecordFileWriter:
+    """One HDF5 file of tables (see `layout`), written record by record and closed with its metadata and digest.
+
+    Version-3 superblocks and object headers are used because they carry checksums of HDF5's own structures, and strings of
+    fixed length because those of variable length lie in a heap without one, whose damage can send HDF5 into an endless
+    loop. The methods raise OSError if the disk is full.
+    """
+
+    def __init__(self, path: Path):
+        self._disk = _Disk(path)
         self._file = h5py.File(
-            path, "w", libver=("v110", "v110"), alignment_threshold=SMALLEST_ALIGNED, alignment_interval=ALIGNMENT
+            self._disk, "w", libver=("v110", "v110"), alignment_threshold=SMALLEST_ALIGNED, alignment_interval=ALIGNMENT
         )
         self._crc32: dict[str, np.ndarray] = {}
         self._positions: dict[str, dict[int, int]] = {}
@@ -40,7 +89,7 @@ class RecordFileWriter:
         if not index:
             return
         group = self._file.create_group(name)
-        group.attrs["layout"] = layout.to_json()
+        group.attrs["layout"] = np.bytes_(layout.to_json())
         group.create_dataset("index", data=np.array(index, "<i4"))
         shape = (layers, len(index), layout.nbytes)
         group.create_dataset("records", shape, np.uint8, chunks=(1, 1, layout.nbytes))
@@ -52,6 +101,15 @@ class RecordFileWriter:
         position = self._positions[name][entry]
         self._file[name]["records"][layer, position] = record
         self._crc32[name][layer, position] = zlib.crc32(record)
+        self._disk.check()
+
+    def __enter__(self) -> "RecordFileWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._file:  # not closed: the body failed
+            self._file.close()
+            self._disk.abandon()
 
     def close(self, meta: dict) -> str:
         """Write the metadata and checksums, flush to disk and return the file's digest (hex)."""
@@ -61,10 +119,9 @@ class RecordFileWriter:
         self._file.create_dataset("meta", data=np.frombuffer(text, np.uint8))
         digest = content_digest(self._file)
         self._file.attrs["halo_format"] = FORMAT
-        self._file.attrs["digest"] = digest
+        self._file.attrs["digest"] = np.bytes_(digest)
         self._file.close()
-        with open(self.path, "rb+") as file:
-            os.fsync(file.fileno())
+        self._disk.close()
         return digest
 
 
@@ -73,7 +130,7 @@ def content_digest(file: h5py.File) -> str:
     digest = hashlib.sha256(file["meta"][()].tobytes())
     for name in sorted(key for key in file if key != "meta"):
         group = file[name]
-        digest.update(f"{name} {group.attrs['layout']} {group['records'].shape}".encode())
+        digest.update(name.encode() + group.attrs["layout"].tobytes() + repr(group["records"].shape).encode())
         digest.update(group["index"][()].tobytes())
         digest.update(group["crc32"][()].tobytes())
     return digest.hexdigest()
@@ -105,9 +162,8 @@ def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterato
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as RuntimeError when it flushes late
-        if getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error):
-            sys.unraisablehook = lambda _: None  # HDF5 would say the same of every object that it cannot flush any more
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"the disk of {final.parent} is full; nothing was left under {final}") from error
         raise
     finally:

@@ -1,0 +1,113 @@
+"""Placement of heads and groups, and the check of memory."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halo_mpi.errors import InputError, MemoryBudgetError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.loading import share_bytes
+from halo_mpi.model.records import shard_index, split_evenly
+from halo_mpi.schedule.memory import BASE_BYTES, Need, check_memory
+from halo_mpi.schedule.placement import Plan, make_plan
+
+SMOLLM2 = ModelConfig("smollm2", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, None, True)
+configs = st.builds(
+    lambda kv, rep, ffn: replace(SMOLLM2, layers=2, kv_heads=kv, heads=kv * rep, ffn=ffn),
+    st.integers(1, 6), st.integers(1, 6), st.integers(1, 5000),
+)  # fmt: skip
+
+
+def disks(config: ModelConfig, ranks: int, shards: int, held=lambda rank, shard: True):
+    """What each rank's disk holds if it has the shards that `held` says."""
+    result = []
+    for rank in range(ranks):
+        own = [shard_index(config, shard, shards) for shard in range(shards) if held(rank, shard)]
+        result.append({table: {entry for index in own for entry in index[table]} for table in ("query", "ffn")})
+    return result
+
+
+@settings(deadline=None)
+@given(config=configs, ranks=st.integers(1, 20), shards=st.integers(1, 9))
+def test_even_shares_differ_by_at_most_one(config, ranks, shards):
+    plan = make_plan(config, "even", disks(config, ranks, shards))
+    for table, count in ((plan.query, config.heads), (plan.ffn, config.groups)):
+        assert table.shape == (config.layers, count)
+        sizes = np.bincount(table[0], minlength=ranks)
+        assert sizes.sum() == count and sizes.max() - sizes.min() <= 1
+
+
+@settings(deadline=None)
+@given(config=configs, ranks=st.integers(1, 8))
+def test_a_rank_with_one_shard_gets_work_from_that_shard_only(config, ranks):
+    available = disks(config, ranks, ranks, lambda rank, shard: rank == shard)
+    plan = make_plan(config, "even", available)
+    for rank in range(ranks):
+        assert set(plan.query_heads(rank)[0]) <= available[rank]["query"]
+        assert set(plan.groups(rank)[0]) <= available[rank]["ffn"]
+
+
+@settings(deadline=None)
+@given(config=configs, shards=st.integers(1, 12))
+def test_the_shards_hold_everything_and_every_head_lies_beside_its_kv_head(config, shards):
+    indexes = [shard_index(config, shard, shards) for shard in range(shards)]
+    assert sorted(head for index in indexes for head in index["query"]) == list(range(config.heads))
+    assert sorted(group for index in indexes for group in index["ffn"]) == list(range(config.groups))
+    for index in indexes:
+        assert {head // config.heads_per_kv for head in index["query"]} == set(index["kv"])
+
+
+def test_the_root_gets_no_more_than_others():
+    assert split_evenly(9, 4) == [2, 2, 2, 3]
+
+
+def test_root_attention_keeps_all_heads_on_the_root():
+    plan = make_plan(SMOLLM2, "root-attention", disks(SMOLLM2, 4, 4))
+    assert (plan.query == 0).all() and len(set(plan.ffn[0])) == 4
+
+
+def test_a_group_that_nobody_holds_is_named():
+    with pytest.raises(InputError, match="FFN group 1;|query head 2;"):
+        make_plan(SMOLLM2, "even", disks(SMOLLM2, 2, 4, lambda rank, shard: shard != 1))
+
+
+def test_a_plan_survives_the_trip_through_json():
+    plan = make_plan(SMOLLM2, "even", disks(SMOLLM2, 5, 2))
+    again = Plan.from_dict(plan.to_dict())
+    assert (again.query == plan.query).all() and (again.ffn == plan.ffn).all() and again.name == plan.name
+
+
+def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
+    from halo_mpi.model.llama import Share
+    from halo_mpi.model.loading import load_layer
+    from halo_mpi.store.reader import ModelStore
+
+    store = ModelStore(tiny)
+    config = ModelConfig.from_dict(store.meta["config"])
+    heads, groups = [[0, 2, 3], [1]], [[0, 2], []]
+    layers = [load_layer(store, config, layer, heads[layer], groups[layer]) for layer in range(2)]
+    share = Share(config, layers, 40)
+    assert share_bytes(config, heads, groups, 40) == (share.weights_bytes, share.kv_bytes)
+
+
+def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None):
+    return Need(rank, host, weights, cache, available, budget)
+
+
+def test_memory_that_suffices_is_no_error():
+    check_memory([need(0), need(1), need(2, "other", budget=100)], 10)
+
+
+def test_ranks_of_one_host_share_its_memory():
+    share = 2 * BASE_BYTES
+    check_memory([need(0, weights=share), need(1, "other", weights=share)], 10)
+    with pytest.raises(MemoryBudgetError, match=r"host pi \(rank 0, 1, 2, 3\)"):
+        check_memory([need(rank, weights=share) for rank in range(4)], 10)
+
+
+def test_a_share_over_the_budget_names_rank_and_parts():
+    with pytest.raises(MemoryBudgetError, match=r"rank 1 on pi needs 30 MiB \(weights 20 MiB, KV cache 10 MiB\).*10 tokens"):
+        check_memory([need(0), need(1, weights=20 * 2**20, cache=10 * 2**20, budget=2**20)], 10)
