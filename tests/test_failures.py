@@ -10,6 +10,7 @@ from tests.conftest import converted
 from tests.mpi import Finished, finish, halo, mpirun_options, run, start_command
 from tests.tiny_models import write_tiny_hf
 
+pytestmark = pytest.mark.mpi
 PROMPT = ("--prompt", "The quick brown fox")
 
 

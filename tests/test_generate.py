@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from tests.mpi import finish, halo, report_of, start, start_command, succeed
 
+pytestmark = pytest.mark.mpi
 PROMPT = "The quick brown fox"
 
 
@@ -22,8 +24,6 @@ def test_the_text_goes_to_standard_output_alone(tiny):
 
 
 def test_without_mpirun_it_runs_on_one_rank(tiny, tmp_path):
-    import sys
-
     command = [sys.executable, "-m", "halo_mpi.generate", "--model", tiny, "--prompt", PROMPT, "--max-tokens", 5]
     assert "on 1 ranks" in succeed(finish(start_command(command), 60)).err
 

@@ -13,6 +13,7 @@ from tests.tiny_models import TINY, tiny_weights, write_tiny_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.mpi
 
 ODD = ModelConfig("odd", 3, 56, 7, 7, 8, 129, 320, 256, 1e-5, 10000.0)
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
