@@ -88,15 +88,27 @@ def main(source: Path, tokens: int, context: int, out: Path | None) -> None:
             write_model(Shuffled(opened) if shuffled else opened, model, dtype, 1, replace=True)
             size = sum(path.stat().st_size for path in model.iterdir())
             command = [sys.executable, "-m", "halo_mpi.evaluate", "--model", model, "--text", folder / "text"]
-            options = ["--tokens", tokens, "--context", context, "--json", folder / "report.json"]
+            options = ["--threads", 1, "--tokens", tokens, "--context", context, "--json", folder / "report.json"]
             subprocess.run(list(map(str, command + options)), check=True, stdout=subprocess.DEVNULL)
             report = json.loads((folder / "report.json").read_text())
             results[form] = {"perplexity": report["perplexity"], "bytes": size, "scored_tokens": report["scored_tokens"]}
             against = report["perplexity"] / results["f32"]["perplexity"] - 1
             print(f"{form:30} {size / 1e6:7.1f} MB   perplexity {report['perplexity']:9.4f}   {against:+.3%} of f32", flush=True)
     if out:
-        machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-        facts = {"git": git_revision(), "machine": machine, "source": source.name, "tokens": tokens, "context": context, "seed": SEED}
+        machine = {
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        facts = {
+            "git": git_revision(),
+            "machine": machine,
+            "source": source.name,
+            "tokens": tokens,
+            "context": context,
+            "seed": SEED,
+        }
         out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
 
 

@@ -23,7 +23,9 @@ from halo_mpi.wire.worker_link import WorkerLink
 
 WAYS_S = {"sleep 50 us at once": 0.0, "yield 0.1 ms, then sleep": 1e-4, "yield 1 ms, then sleep": 1e-3}
 WIDTH = 576  # hidden size of SmolLM2-135M
-MATRIX = np.random.default_rng(0).random((512, 512), np.float32)  # 1 MB: stays in a core's cache, so cores do not share its bandwidth
+MATRIX = np.random.default_rng(0).random(
+    (512, 512), np.float32
+)  # 1 MB: stays in a core's cache, so cores do not share its bandwidth
 VECTOR = MATRIX[0].copy()
 
 
@@ -78,7 +80,9 @@ def main(syncs: int, repeats: int, work_ms: float, out: Path | None) -> None:
         print(f"{way:28} median {np.median(medians):6.3f} (rounds {min(medians):.3f} to {max(medians):.3f})   p90 {p90:6.3f}")
     if out:
         machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version(), "load": load}
-        out.write_text(json.dumps({"git": git_revision(), "machine": machine, "ranks": comm.size, "work_ms": work_ms, "samples_ms": samples}))
+        out.write_text(
+            json.dumps({"git": git_revision(), "machine": machine, "ranks": comm.size, "work_ms": work_ms, "samples_ms": samples})
+        )
 
 
 if __name__ == "__main__":

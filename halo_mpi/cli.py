@@ -7,38 +7,28 @@ import traceback
 import click
 
 from halo_mpi import __version__
-from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError
+from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, describe
 
 LOCAL = ("convert", "inspect")  # one process
 DISTRIBUTED = ("generate", "evaluate")  # one process per rank, under mpirun
 
 
-def run_click(command: click.Command, arguments: list[str] | None = None) -> tuple[int, str]:
-    """Run a command; returns its exit code and, if it failed, the one line that says why."""
-    verbose = "--verbose" in (sys.argv[1:] if arguments is None else arguments)
+def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
+    """Run a command of one process and exit; a failure is one line on standard error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbose = "--verbose" in arguments
+    code, message = EXIT_DONE, ""
     try:
-        code = command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False)
-        return code if isinstance(code, int) else EXIT_DONE, ""
-    except click.exceptions.NoArgsIsHelpError as error:
-        return EXIT_USAGE, error.format_message()
+        command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False)
+    except click.exceptions.Abort:  # what click makes of Ctrl-C
+        code, message = EXIT_INTERRUPTED, "interrupted"
     except click.ClickException as error:
-        return EXIT_USAGE, f"{error.format_message()} Try `halo-mpi {command.name} --help`."
-    except HaloError as error:
-        if verbose:
-            traceback.print_exc()
-        return error.exit_code, str(error)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return EXIT_INTERRUPTED, "interrupted"
+        code, message = EXIT_USAGE, f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`."
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        hint = "" if verbose else "; run again with --verbose for the traceback and report it"
-        return EXIT_FAILED, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}"
-
-
-def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
-    """Run a command of one process and exit."""
-    code, message = run_click(command, arguments)
+        code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
+        message = describe(error, verbose)
     if message:
         click.echo(f"halo-mpi: {message}", err=True)
     sys.exit(code)
@@ -49,7 +39,9 @@ def main() -> None:
     names = (*LOCAL, *DISTRIBUTED)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        click.echo(f"Usage: halo-mpi COMMAND [OPTIONS]\n\nCommands: {', '.join(sorted(names))}. `halo-mpi COMMAND --help` tells more.")
+        click.echo(
+            f"Usage: halo-mpi COMMAND [OPTIONS]\n\nCommands: {', '.join(sorted(names))}. `halo-mpi COMMAND --help` tells more."
+        )
         sys.exit(EXIT_DONE)
     if arguments[0] == "--version":
         click.echo(f"halo_mpi {__version__}")

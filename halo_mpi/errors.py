@@ -36,3 +36,13 @@ class MemoryBudgetError(HaloError):
 
 class DiskFullError(HaloError):
     """The disk does not hold what is to be written."""
+
+
+def describe(error: BaseException, verbose: bool) -> str:
+    """The one line for the user about any failure; with `verbose` the traceback was shown before it."""
+    if isinstance(error, HaloError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "standard output was closed before the end"
+    hint = "" if verbose else "; run again with --verbose for the traceback, and report it"
+    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}"

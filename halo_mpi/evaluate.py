@@ -17,8 +17,17 @@ EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smoll
 @run_options
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
 @click.option("--tokens", type=click.IntRange(2), help="Score only the first N tokens of the text. Default: all.")
-@click.option("--context", "window", default=512, show_default=True, type=click.IntRange(2), help="Tokens per window; each window starts afresh.")
-@click.option("--logprobs", type=click.Path(path_type=Path), help="Save the log-probability of each scored token, float32, as .npy.")
+@click.option(
+    "--context",
+    "window",
+    default=512,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Tokens per window; each window starts afresh.",
+)
+@click.option(
+    "--logprobs", type=click.Path(path_type=Path), help="Save the log-probability of each scored token, float32, as .npy."
+)
 @click.pass_obj
 def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None) -> None:
     """Teacher-forced perplexity of a text.

@@ -11,22 +11,35 @@ from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import UsageError
 
-EXAMPLE = 'Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate --model models/smollm2-135m.halo --prompt "Once upon a time"'
+EXAMPLE = (
+    "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
+    '--model models/smollm2-135m.halo --prompt "Once upon a time"'
+)
 
 
 @click.command(epilog=EXAMPLE)
 @run_options
 @click.option("--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the text to continue from this UTF-8 file.")
-@click.option("--prompts", type=click.Path(path_type=Path), help='Continue many texts: one {"id": ..., "prompt": ...} a line, with own options.')
-@click.option("--out", type=click.Path(path_type=Path), help="With --prompts: write one result a line, each as soon as it is finished.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help='Continue many texts: one {"id": ..., "prompt": ...} a line, with own options.',
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="With --prompts: write one result a line, each as soon as it is finished."
+)
 @click.option("--resume", is_flag=True, help="With --out: keep the results that are there and skip their prompts.")
 @click.option("--chat", is_flag=True, help="Take the prompt as one turn of a conversation, in the model's own template.")
 @click.option("--max-tokens", default=128, show_default=True, help="Most tokens to generate.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token (greedy).")
 @click.option("--top-k", default=0, show_default=True, help="Sample among the K likeliest tokens; 0: all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens that together reach this probability.")
-@click.option("--min-p", default=0.0, show_default=True, help="Leave out tokens less likely than this share of the likeliest one.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens that together reach this probability."
+)
+@click.option(
+    "--min-p", default=0.0, show_default=True, help="Leave out tokens less likely than this share of the likeliest one."
+)
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: tokens that occurred become less likely.")
 @click.option("--seed", type=int, help="Same seed, ranks and placement: same text. Default: a new one, told in the report.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
@@ -75,15 +88,17 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         completions.append(completion)
         if results:
             mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
-            results.write({"id": text.id, "text": completion.text, "token_ids": completion.token_ids,
-                           "finish_reason": completion.finish_reason, "ttft_ms": completion.ttft_ms, "tpot_ms": mean})  # fmt: skip
+            fields = ("text", "token_ids", "finish_reason", "ttft_ms")
+            results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
     if not results:
         _show("\n")
     devices = session.finish(None)
     token_ids = [token for completion in completions for token in completion.token_ids]
     tpot_ms = [sample for completion in completions for sample in completion.tpot_ms]
-    report = make_report(session, devices, sum(len(text.tokens) for text in texts), token_ids,
-                         completions[0].text if not results else None, completions[0].ttft_ms if completions else None, tpot_ms)  # fmt: skip
+    prompt_tokens = sum(len(text.tokens) for text in texts)
+    first = completions[0] if completions else None
+    text = first.text if first and not results else None
+    report = make_report(session, devices, prompt_tokens, token_ids, text, first and first.ttft_ms, tpot_ms)
     report["seed"] = sampling.seed
     _summarize(report, len(completions))
     if run.report:
@@ -104,7 +119,10 @@ def _summarize(report: dict, texts: int) -> None:
     tpot = report["tpot_ms"]["p50"]
     speed = f", time per token {tpot:.1f} ms (median)" if tpot else ""
     first = f", first token after {report['ttft_ms']:.0f} ms" if report["ttft_ms"] is not None and texts == 1 else ""
-    click.echo(f"{many}{report['prompt_tokens']} prompt tokens, {report['generated_tokens']} generated on {report['ranks']} ranks{first}{speed}", err=True)
+    click.echo(
+        f"{many}{report['prompt_tokens']} prompt tokens, {report['generated_tokens']} generated on {report['ranks']} ranks{first}{speed}",
+        err=True,
+    )
 
 
 if __name__ == "__main__":

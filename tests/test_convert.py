@@ -35,7 +35,11 @@ def test_convert_and_inspect(source, tmp_path):
     assert finished.returncode == 0 and "as int8, 2 shards" in finished.stderr and finished.stdout == ""
     assert sorted(path.name for path in out.iterdir()) == ["model.h5", "shard-00.h5", "shard-01.h5"]
     shown = halo_mpi("inspect", out, "--verify")
-    assert shown.returncode == 0 and "hidden 64, 4 query heads on 2 KV heads" in shown.stdout and "all checksums of 3 files match" in shown.stderr
+    assert (
+        shown.returncode == 0
+        and "hidden 64, 4 query heads on 2 KV heads" in shown.stdout
+        and "all checksums of 3 files match" in shown.stderr
+    )
     facts = json.loads(halo_mpi("inspect", out, "--json").stdout)
     assert facts["config"]["hidden"] == 64 and facts["dtype"] == "int8" and facts["digest"] == ModelStore(out).digest
 
@@ -47,7 +51,9 @@ def test_every_dtype_restores_the_weights_within_its_precision(source, dtype, tm
     worst = {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "int8": 1e-2, "int4": 0.2}[dtype]
     for layer in range(TINY.layers):
         layout = store.layout("ffn")
-        down = np.concatenate([layout.unpack(store.read("ffn", layer, group), "down") for group in range(TINY.groups)], 1)[:, : TINY.ffn]
+        down = np.concatenate([layout.unpack(store.read("ffn", layer, group), "down") for group in range(TINY.groups)], 1)[
+            :, : TINY.ffn
+        ]
         assert np.abs(down - weights[f"layers.{layer}.down"]).max() <= worst
     embedding = load_trunk(store, TINY).embedding.numpy()
     difference = np.abs(embedding - weights["embedding"]).max()
@@ -58,7 +64,9 @@ def test_gguf_and_huggingface_give_the_same_model(source, tmp_path):
     write_tiny_gguf(tmp_path / "m.gguf")
     stores = [ModelStore(converted(path, tmp_path / f"{path.name}.halo", "f32", 3)) for path in (source, tmp_path / "m.gguf")]
     for table in ("query", "kv", "ffn", "embedding", "head", "layer", "final"):
-        layers, entries = (1, 1) if table == "final" else (1 if table in ("embedding", "head") else TINY.layers, len(stores[0].entries(table)))
+        layers, entries = (
+            (1, 1) if table == "final" else (1 if table in ("embedding", "head") else TINY.layers, len(stores[0].entries(table)))
+        )
         for layer, entry in np.ndindex(layers, entries):
             assert np.array_equal(*(store.read(table, layer, entry) for store in stores)), (table, layer, entry)
 
@@ -96,7 +104,8 @@ def test_a_full_disk_is_one_line_with_exit_code_1(source, tmp_path):
     if os.system(f"mount -t tmpfs -o size=900k tmpfs {small} 2>/dev/null"):
         pytest.skip("mounting a tmpfs is not permitted here")
     try:
-        program = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=10**12); from halo_mpi.cli import main; main()"
+        space = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=10**12)"
+        program = f"{space}; from halo_mpi.cli import main; main()"
         command = [sys.executable, "-c", program, "convert", str(source), str(small / "m.halo"), "--dtype", "f32"]
         (small / "other").write_bytes(bytes(600_000))
         finished = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -116,7 +125,11 @@ def test_verify_names_every_damaged_record(source, tmp_path):
         file.seek(int(table.offsets[1, 0]) + 5)
         file.write(b"\xaa\xbb")
     finished = halo_mpi("inspect", model, "--verify")
-    assert finished.returncode == 2 and "shard-00.h5 is damaged at layer 1, kv 0" in finished.stderr and "(1 damaged" in finished.stderr
+    assert (
+        finished.returncode == 2
+        and "shard-00.h5 is damaged at layer 1, kv 0" in finished.stderr
+        and "(1 damaged" in finished.stderr
+    )
 
 
 def test_a_shard_of_another_conversion_is_refused(source, tmp_path):

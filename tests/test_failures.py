@@ -58,7 +58,9 @@ def test_wrong_use_is_told_once_by_three_ranks(tiny, case):
 
 def test_a_prompt_file_that_is_not_utf_8_is_named_with_the_place(tiny, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("Grüße".encode("latin-1"))
-    fails(halo(2, "generate", "--model", tiny, "--prompt-file", tmp_path / "latin1.txt"), 2, "latin1.txt is not UTF-8", "offset 2")
+    fails(
+        halo(2, "generate", "--model", tiny, "--prompt-file", tmp_path / "latin1.txt"), 2, "latin1.txt is not UTF-8", "offset 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,11 +100,22 @@ def several(*programs: list) -> Finished:
 def test_model_folders_that_differ_between_ranks_are_told(tiny, tmp_path):
     write_tiny_hf(tmp_path / "source", seed=1)
     other = converted(tmp_path / "source", tmp_path / "other.halo", "f32")
-    fails(several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, other))), 2, "model in", "differs", "rank 1")
+    fails(
+        several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, other))),
+        2,
+        "model in",
+        "differs",
+        "rank 1",
+    )
 
 
 def test_a_model_that_only_one_rank_lacks_is_told_with_the_rank(tiny):
-    fails(several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, "gone.halo"))), 2, "rank 1 on", "gone.halo")
+    fails(
+        several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT] for model in (tiny, "gone.halo"))),
+        2,
+        "rank 1 on",
+        "gone.halo",
+    )
 
 
 def test_ranks_of_different_versions_do_not_work_together(tiny):
@@ -144,7 +157,9 @@ def test_ranks_with_different_shards_share_the_work_by_what_they_have(tiny, tmp_
     models = []
     for rank in range(3):
         model = tmp_path / f"rank{rank}.halo"
-        shutil.copytree(tiny, model, ignore=shutil.ignore_patterns(*(f"shard-0{shard}.h5" for shard in range(3) if shard != rank)))
+        shutil.copytree(
+            tiny, model, ignore=shutil.ignore_patterns(*(f"shard-0{shard}.h5" for shard in range(3) if shard != rank))
+        )
         models.append(model)
     finished = several(*(["-m", "halo_mpi.generate", "--model", model, *PROMPT, "--max-tokens", "8"] for model in models))
     assert finished.code == 0, finished.err
@@ -155,7 +170,11 @@ def test_ranks_with_different_shards_share_the_work_by_what_they_have(tiny, tmp_
 def test_an_unexpected_exception_on_any_rank_ends_the_job_and_names_the_rank(tiny, rank):
     finished = run(3, "-m", "tests.programs.broken_rank", "--model", tiny, *PROMPT, "--seed", rank)
     assert finished.code != 0
-    assert len(finished.complaints) == 1 and f"rank {rank} on" in finished.complaints[0] and "ZeroDivisionError" in finished.complaints[0]
+    assert (
+        len(finished.complaints) == 1
+        and f"rank {rank} on" in finished.complaints[0]
+        and "ZeroDivisionError" in finished.complaints[0]
+    )
     assert "Traceback" not in finished.err
 
 
@@ -169,6 +188,9 @@ def test_a_report_that_cannot_be_written_is_told(tiny, tmp_path):
 
 
 def test_the_placement_file_is_checked(tiny, tmp_path):
-    for content, part in ((json.dumps({"heads": [4, 0]}), "form"), (json.dumps({"heads": [3, 2], "groups": [3, 0]}), "add up to the model's 4")):
+    for content, part in (
+        (json.dumps({"heads": [4, 0]}), "form"),
+        (json.dumps({"heads": [3, 2], "groups": [3, 0]}), "add up to the model's 4"),
+    ):
         (tmp_path / "placement.json").write_text(content)
         fails(halo(2, "generate", "--model", tiny, *PROMPT, "--placement", tmp_path / "placement.json"), 2, part)

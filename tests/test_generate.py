@@ -29,7 +29,21 @@ def test_without_mpirun_it_runs_on_one_rank(tiny, tmp_path):
 
 
 def test_a_seed_gives_the_same_text_again(tiny, tmp_path):
-    options = ("--model", tiny, "--prompt", PROMPT, "--max-tokens", 20, "--temperature", 1.0, "--top-k", 50, "--top-p", 0.95, "--ignore-eos")
+    options = (
+        "--model",
+        tiny,
+        "--prompt",
+        PROMPT,
+        "--max-tokens",
+        20,
+        "--temperature",
+        1.0,
+        "--top-k",
+        50,
+        "--top-p",
+        0.95,
+        "--ignore-eos",
+    )
     first, again, other = (report_of(2, "generate", tmp_path, *options, "--seed", seed) for seed in (5, 5, 6))
     assert first["token_ids"] == again["token_ids"] != other["token_ids"]
     assert len(first["token_ids"]) == 20 and first["seed"] == 5
@@ -43,7 +57,9 @@ def test_the_report_has_the_fields_of_the_contract(tiny, tmp_path):
     ledger = report["ledger"]
     steps, syncs, workers = 10 - 1, 2 * 2, 2
     assert ledger["partial_sums"] == steps * syncs * workers
-    assert ledger["partial_sums"] == ledger["on_time"] + sum(ledger["deferred"].values()) + ledger["substituted"] + ledger["waited"]
+    assert (
+        ledger["partial_sums"] == ledger["on_time"] + sum(ledger["deferred"].values()) + ledger["substituted"] + ledger["waited"]
+    )
     devices = report["devices"]
     assert [device["rank"] for device in devices] == [0, 1, 2]
     assert sum(device["heads"] for device in devices) == 2 * 4 and sum(device["groups"] for device in devices) == 2 * 3
@@ -80,7 +96,8 @@ def test_resume_skips_what_is_there_and_loses_and_repeats_nothing(tiny, tmp_path
 
 def test_a_prompt_may_have_sampling_options_of_its_own(tiny, tmp_path):
     (tmp_path / "in.jsonl").write_text(
-        '{"id": 1, "prompt": "The dog", "max_tokens": 3, "ignore_eos": true}\n\n{"id": 2, "prompt": "The dog", "max_tokens": 5, "ignore_eos": true}\n'
+        '{"id": 1, "prompt": "The dog", "max_tokens": 3, "ignore_eos": true}\n\n'
+        '{"id": 2, "prompt": "The dog", "max_tokens": 5, "ignore_eos": true}\n'
     )
     succeed(halo(1, "generate", "--model", tiny, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"))
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

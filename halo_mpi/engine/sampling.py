@@ -52,11 +52,15 @@ class Sampler:
         2407.01082). Raises HaloError if the logits are not finite.
         """
         if not np.isfinite(logits).all():
-            raise HaloError("the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32")
+            raise HaloError(
+                "the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32"
+            )
         how, logits = self._sampling, logits.astype(np.float64)
         if how.repetition_penalty != 1:
             seen = np.unique(np.array(text, np.int64))
-            logits[seen] = np.where(logits[seen] > 0, logits[seen] / how.repetition_penalty, logits[seen] * how.repetition_penalty)
+            logits[seen] = np.where(
+                logits[seen] > 0, logits[seen] / how.repetition_penalty, logits[seen] * how.repetition_penalty
+            )
         logits[self._banned] = -np.inf
         if how.temperature == 0:
             return int(logits.argmax())

@@ -67,7 +67,9 @@ class Session:
         begin = time.perf_counter()
         disk = {table: sorted(self.store.entries(table)) for table in ("query", "ffn")}
         disks = gather(self.comm, disk)
-        plan = self.on_root(lambda: make_plan(self.config, self.run.placement, [{k: set(v) for k, v in d.items()} for d in disks]))
+        plan = self.on_root(
+            lambda: make_plan(self.config, self.run.placement, [{k: set(v) for k, v in d.items()} for d in disks])
+        )
         shared = broadcast(self.comm, {"plan": plan.to_dict(), "context": context} if plan else None)
         self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
         self._check_memory()

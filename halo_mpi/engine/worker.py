@@ -30,7 +30,9 @@ def serve(link: WorkerLink, share: Share) -> Served:
         elif request.header["kind"] == Kind.FFN:
             y = share.ffn(layer, x)
         else:
-            raise HaloError(f"the root sent a request of unknown kind {request.header['kind']}; do all ranks run the same version?")
+            raise HaloError(
+                f"the root sent a request of unknown kind {request.header['kind']}; do all ranks run the same version?"
+            )
         served.compute_s += time.perf_counter() - begin
         link.answer(request, y.numpy())
     return served

@@ -39,7 +39,9 @@ class ModelConfig:
             if not isinstance(value, int) or not 0 < value < 2**31:
                 raise InputError(f"the model's {field} is {value!r}, not a positive whole number: its configuration is damaged")
         if self.heads % self.kv_heads:
-            raise InputError(f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly: the configuration is damaged")
+            raise InputError(
+                f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly: the configuration is damaged"
+            )
         if self.head_dim % 2:
             raise InputError(f"the head dimension {self.head_dim} is odd, so rotary embeddings cannot pair its values")
         for field in ("norm_eps", "rope_theta"):
@@ -99,7 +101,9 @@ class ModelConfig:
             raise InputError(f"the model's configuration does not have the expected fields ({error})") from error
 
 
-def llama3_rope_factors(head_dim: int, theta: float, factor: float, low: float, high: float, original_context: int) -> tuple[float, ...]:
+def llama3_rope_factors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, original_context: int
+) -> tuple[float, ...]:
     """LLaMA 3.1's frequency scaling as divisors: high frequencies kept, low ones divided by `factor`, a ramp between.
 
     `low` and `high` are the configuration's low_freq_factor and high_freq_factor. Source: the Llama 3.1 reference

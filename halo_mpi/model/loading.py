@@ -65,7 +65,9 @@ def load_layer(store: ModelStore, config: ModelConfig, layer: int, query_heads: 
         for name, offset in (("gate", 0), ("up", count)):
             gate_up[offset + start : offset + stop] = torch.from_numpy(layout.unpack(record, name))[: len(own)]
             if name in biased:
-                gate_up_bias[offset + start : offset + stop] = torch.from_numpy(layout.unpack(record, f"{name}.bias"))[0, : len(own)]
+                gate_up_bias[offset + start : offset + stop] = torch.from_numpy(layout.unpack(record, f"{name}.bias"))[
+                    0, : len(own)
+                ]
         down[:, start:stop] = torch.from_numpy(layout.unpack(record, "down"))[:, : len(own)]
         start = stop
     return LayerWeights(qkv, qkv_bias, o, runs, gate_up, gate_up_bias, down)

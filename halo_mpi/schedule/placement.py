@@ -72,7 +72,9 @@ def _assign(table: str, shares: list[int], preferred: list[int], available: list
         rank = preferred[entry]
         if rank not in holders:
             if fixed:
-                raise InputError(f"the placement gives {what} {entry} to rank {rank}, whose disk lacks its shard; copy it or change the placement")
+                raise InputError(
+                    f"the placement gives {what} {entry} to rank {rank}, whose disk lacks its shard; copy it or change the placement"
+                )
             rank = min(holders, key=lambda holder: (load[holder] - shares[holder], holder))
         load[rank] += 1
         result[entry] = rank

@@ -65,9 +65,7 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...],
                 yield f"layers.{layer}.{part}.bias", shape[:1], False
 
 
-def collect_tensors(
-    path: Path, config: ModelConfig, naming: Naming, find: Callable[[str], Tensor | None]
-) -> dict[str, Tensor]:
+def collect_tensors(path: Path, config: ModelConfig, naming: Naming, find: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
     """The model's tensors by canonical name; `find` gives the one that the file has under a name of its own.
 
     Raises DamagedFileError for the first one that is missing or of another shape, InputError for an unknown format.

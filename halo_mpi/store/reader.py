@@ -38,7 +38,9 @@ class RecordFile:
         try:
             with h5py.File(path, "r", locking=False) as file:  # never changed in place
                 if file.attrs["halo_format"] != FORMAT:
-                    raise InputError(f"{path} has format {file.attrs['halo_format']}, this version reads {FORMAT}; convert it again")
+                    raise InputError(
+                        f"{path} has format {file.attrs['halo_format']}, this version reads {FORMAT}; convert it again"
+                    )
                 self.digest = file.attrs["digest"].decode()
                 if content_digest(file) != self.digest:
                     raise DamagedFileError(f"{path} is damaged: its content does not match its digest; copy or convert it again")
@@ -50,7 +52,9 @@ class RecordFile:
         except PermissionError as error:
             raise InputError(f"{path} may not be read; check its permissions") from error
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, OverflowError, AttributeError) as error:
-            raise DamagedFileError(f"{path} is damaged or not a halo_mpi file; copy or convert it again ({_one_line(error)})") from error
+            raise DamagedFileError(
+                f"{path} is damaged or not a halo_mpi file; copy or convert it again ({_one_line(error)})"
+            ) from error
 
     def _open_table(self, group: h5py.Group) -> Table:
         layout = RecordLayout.from_json(group.attrs["layout"].decode())
@@ -76,7 +80,9 @@ class RecordFile:
         try:
             count = os.preadv(self._descriptor, [record], int(table.offsets[layer, position]))
         except OSError as error:
-            raise DamagedFileError(f"{self.path}: reading layer {layer}, {name} {entry} failed ({error.strerror}); check the disk") from error
+            raise DamagedFileError(
+                f"{self.path}: reading layer {layer}, {name} {entry} failed ({error.strerror}); check the disk"
+            ) from error
         if count != record.size or zlib.crc32(record) != table.crc32[layer, position]:
             raise DamagedFileError(
                 f"{self.path} is damaged at layer {layer}, {name} {entry}: its checksum does not match; copy or convert it again"

@@ -13,7 +13,9 @@ import numpy as np
 
 from halo_mpi.errors import HaloError
 
-HEADER = np.dtype([("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("rows", "<u2"), ("kind", "u1"), ("wire", "u1"), ("zero", "<u2")])
+HEADER = np.dtype(
+    [("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("rows", "<u2"), ("kind", "u1"), ("wire", "u1"), ("zero", "<u2")]
+)
 PROTOCOL = 1  # ranks with another number refuse to work together
 TAG = 7
 WIRE_DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}

@@ -51,7 +51,9 @@ class RootLink:
         while len(answers) < len(workers):
             for worker, message in self._ring.poll():
                 if int(message.header["seq"]) != seq or worker in answers or worker not in workers:
-                    raise ProtocolError(f"rank {worker} answered request {message.header['seq']} while {seq} was asked; this is a defect, report it")
+                    raise ProtocolError(
+                        f"rank {worker} answered request {message.header['seq']} while {seq} was asked; this is a defect, report it"
+                    )
                 answers[worker] = message.read().copy()
                 self._waiter.heard()
             if len(answers) < len(workers):

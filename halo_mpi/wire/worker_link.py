@@ -42,5 +42,7 @@ class WorkerLink:
     def answer(self, request: Message, y: np.ndarray | None) -> None:
         """Start sending y, f32 [rows, width], as the answer to `request`."""
         header, message = request.header, self._pool.take()
-        data = message.write(int(header["seq"]), Kind(header["kind"]), int(header["layer"]), int(header["position"]), y, self._wire)
+        data = message.write(
+            int(header["seq"]), Kind(header["kind"]), int(header["layer"]), int(header["position"]), y, self._wire
+        )
         self._pool.send(message, data, [ROOT])
