@@ -53,7 +53,7 @@ def main() -> None:
     if arguments[0] in LOCAL:
         run_local(command, arguments[1:])
     else:
-        from halo_mpi.engine.session import run_distributed
+        from halo_mpi.engine.launch import run_distributed
 
         run_distributed(command, arguments[1:])
 

@@ -54,7 +54,7 @@ def write_model(source: Source, out: Path, dtype: str, shards: int, replace: boo
     size = sum(config.layers * len(index[name]) * layout.nbytes for index in indexes for name, layout in shard_layouts.items())
     size += sum(layout.nbytes * layers * entries for layout, layers, entries in tables.values())
     common = {"config": config.to_dict(), "dtype": dtype, "shards": shards}
-    with new_folder(out, needed_bytes=int(size * 1.01) + 2**20, replace=replace) as folder:
+    with new_folder(out, int(size * 1.01) + 2**20, MODEL_FILE, replace) as folder:
         digests = []
         for shard in progress(range(shards), shards, "writing shards"):
             with RecordFileWriter(folder / f"shard-{shard:02d}.h5") as file:

@@ -12,7 +12,7 @@ from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import UsageError
 
 EXAMPLE = (
-    "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
+    "Example: mpirun -x PATH -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
     '--model models/smollm2-135m.halo --prompt "Once upon a time"'
 )
 
@@ -74,11 +74,11 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
             text = reading.read_text(prompt_file) if prompt_file else prompt
             texts = [reading.encode_prompt(session.tokenizer, text, sampling, chat)]
         reading.check_context(texts, session.config.context)
-        results = reading.ResultFile(out, resume) if out else None
+        results = reading.ResultFile(out, resume, prompts) if out else None
         return [text for text in texts if not results or text.id not in results.done], results
 
     texts, results = session.on_root(read) or ([], None)
-    session.load(max((len(text.tokens) + text.sampling.max_tokens for text in texts), default=1))
+    session.load(max((text.longest for text in texts), default=1))
     if not session.is_root:
         session.finish(session.serve())
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from halo_mpi.cli import run_local
@@ -89,7 +90,7 @@ def _describe_file(file: RecordFile) -> dict:
 
 def _print(facts: dict) -> None:
     console, config = Console(highlight=False), facts["config"]
-    console.print(f"[bold]{config['name']}[/]  {config['parameters'] / 1e6:.1f} M parameters, stored as {facts['dtype']}")
+    console.print(f"[bold]{escape(config['name'])}[/]  {config['parameters'] / 1e6:.1f} M parameters, stored as {facts['dtype']}")
     console.print(f"digest {facts['digest']}")
     console.print(f"source {', '.join(f'{key} {value}' for key, value in facts['source'].items())}", markup=False)
     console.print(

@@ -73,7 +73,12 @@ setup_venv() {
             python=$(find_python)
             check_python "$python"
             say "making .venv with $("$python" --version)"
+            if [ -e "$venv" ] && [ ! -e "$venv/halo-made" ]; then
+                die "$venv is there already and was not made by this script: move it away, or install with pip install -e ."
+            fi
             rm -rf "$venv"
+            mkdir "$venv"
+            touch "$venv/halo-made"
             "$python" -m venv "$venv"
         fi
         rm -f "$stamp"

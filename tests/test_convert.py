@@ -82,7 +82,7 @@ def test_converting_twice_gives_the_same_digest(source, tmp_path):
         (["missing.gguf", "out.halo"], 2, "missing.gguf"),
         (["SOURCE", "out.halo", "--dtype", "int3"], 2, "--dtype"),
         (["SOURCE", "out.halo", "--shards", "0"], 2, "--shards"),
-        (["SOURCE", "SOURCE"], 2, "--force"),
+        (["SOURCE", "SOURCE", "--force"], 2, "no folder made by this command"),
     ],
 )
 def test_wrong_use_is_one_line(source, tmp_path, arguments, code, part):

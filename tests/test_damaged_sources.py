@@ -120,3 +120,19 @@ def test_damaged_settings_are_refused_or_leave_the_weights_alone(tmp_path, name)
         found, _ = read_everything(path.parent)
         for tensor in found or {}:
             assert same(found[tensor], original[tensor]), (place, tensor)
+
+
+NAMES = (b"output.weight", b"blk.0.attn_q.bias", b"blk.1.attn_q.bias", b"blk.1.ffn_up.weight", b"rope_freqs.weight")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_damaged_tensor_name_is_no_tensor_less(tmp_path, name):
+    """Without the tensor the model would be another one: tied, without a bias, without rotary scaling."""
+    config = replace(TINY, rope_factors=(2.0,) * (TINY.head_dim // 2))
+    path = tmp_path / "model.gguf"
+    write_tiny_gguf(path, config, biases=True)
+    content = path.read_bytes()
+    place = content.index(name) + len(name) - 3
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(HaloError, match="model.gguf"):
+        open_source(path)

@@ -4,10 +4,11 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from tests.conftest import converted
-from tests.mpi import Finished, finish, halo, mpirun_options, run, start_command
+from tests.mpi import ROOT, Finished, finish, halo, mpirun_options, run, start_command
 from tests.tiny_models import write_tiny_hf
 
 pytestmark = pytest.mark.mpi
@@ -194,3 +195,47 @@ def test_the_placement_file_is_checked(tiny, tmp_path):
     ):
         (tmp_path / "placement.json").write_text(content)
         fails(halo(2, "generate", "--model", tiny, *PROMPT, "--placement", tmp_path / "placement.json"), 2, part)
+
+
+def test_halo_mpirun_returns_the_exit_code_and_adds_nothing(tiny):
+    command = [ROOT / "launch" / "halo-mpirun", "-n", 3, sys.executable, "-m", "halo_mpi.generate", "--model", tiny]
+    finished = finish(start_command([*command, "--prompt", ""]), 60)
+    fails(finished, 2, "the prompt is empty")
+    assert len(finished.err.strip().splitlines()) == 1
+    finished = finish(start_command([*command, *PROMPT, "--max-tokens", 3]), 60)
+    assert finished.code == 0, finished.err
+
+
+def test_the_halo_mpi_script_reaches_the_distributed_commands(tiny):
+    command = [sys.executable, "-m", "halo_mpi.cli", "generate", "--model", tiny, *PROMPT, "--max-tokens", 3]
+    finished = finish(start_command(command), 60)
+    assert finished.code == 0 and finished.out.strip(), finished.err
+
+
+def test_a_value_too_large_for_f16_is_told(tiny):
+    from halo_mpi.errors import HaloError
+    from halo_mpi.wire.messages import Kind, Message
+
+    with pytest.raises(HaloError, match="layer 4 .ffn..*--wire f32"):
+        Message(1, 8).write(1, Kind.FFN, 4, 0, np.full((1, 8), 1e6, np.float32), "f16")
+
+
+def test_verbose_shows_where_it_failed(tiny):
+    finished = halo(2, "generate", "--model", "nowhere.halo", *PROMPT, "--verbose")
+    assert finished.code == 2 and "Traceback" in finished.err and len(finished.complaints) == 1
+
+
+@pytest.mark.parametrize("content", ["notes without an end of line", "notes\n", '{"id": 1}\n'])
+def test_resume_never_touches_a_file_that_holds_no_results(tiny, tmp_path, content):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "x"}\n')
+    (tmp_path / "notes").write_text(content)
+    options = ("--model", tiny, "--prompts", tmp_path / "in.jsonl", "--resume")
+    fails(halo(1, "generate", *options, "--out", tmp_path / "notes"), 2, "notes")
+    assert (tmp_path / "notes").read_text() == content
+
+
+def test_results_never_go_into_the_file_of_the_prompts(tiny, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "x"}')
+    options = ("--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "in.jsonl", "--resume")
+    fails(halo(1, "generate", "--model", tiny, *options), 2, "is the file of the prompts")
+    assert (tmp_path / "in.jsonl").read_text() == '{"id": 1, "prompt": "x"}'

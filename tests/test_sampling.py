@@ -26,6 +26,7 @@ def test_temperature_one_draws_by_probability():
 def test_temperature_flattens_and_sharpens():
     assert shares(Sampling(temperature=0.25))[0] > 0.8
     assert shares(Sampling(temperature=20.0))[3] > 0.2
+    assert shares(Sampling(temperature=1e-308))[0] == 1
 
 
 def test_top_k_leaves_k_tokens():

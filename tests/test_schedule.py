@@ -62,6 +62,10 @@ def test_the_shards_hold_everything_and_every_head_lies_beside_its_kv_head(confi
 
 def test_the_root_gets_no_more_than_others():
     assert split_evenly(9, 4) == [2, 2, 2, 3]
+    for ranks in (2, 4, 5, 8):
+        plan = make_plan(SMOLLM2, "even", disks(SMOLLM2, ranks, 4))
+        for owner in (plan.query[0], plan.ffn[0]):
+            assert np.bincount(owner, minlength=ranks)[0] == np.bincount(owner, minlength=ranks).min()
 
 
 def test_root_attention_keeps_all_heads_on_the_root():
@@ -93,8 +97,8 @@ def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
     assert share_bytes(config, heads, groups, 40) == (share.weights_bytes, share.kv_bytes)
 
 
-def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None):
-    return Need(rank, host, weights, cache, available, budget)
+def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None, machine=None):
+    return Need(rank, host, machine or host, weights, cache, 0, available, budget)
 
 
 def test_memory_that_suffices_is_no_error():
@@ -106,6 +110,10 @@ def test_ranks_of_one_host_share_its_memory():
     check_memory([need(0, weights=share), need(1, "other", weights=share)], 10)
     with pytest.raises(MemoryBudgetError, match=r"host pi \(rank 0, 1, 2, 3\)"):
         check_memory([need(rank, weights=share) for rank in range(4)], 10)
+
+
+def test_boards_of_one_name_are_not_one_machine():
+    check_memory([need(rank, weights=2 * BASE_BYTES, machine=f"pi {rank}") for rank in range(4)], 10)
 
 
 def test_a_share_over_the_budget_names_rank_and_parts():

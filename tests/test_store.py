@@ -121,7 +121,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     path, damaged = tmp_path / "file.h5", tmp_path / "damaged.h5"
     write_file(path)
     original = path.read_bytes()
-    for length in (0, 1, 7, 100, 511, 2048, len(original) // 2, len(original) - 1):
+    for length in {*range(0, len(original), 61), len(original) - 1}:
         damaged.write_bytes(original[:length])
         with pytest.raises(DamagedFileError, match="damaged.h5"):
             read_all(damaged)
@@ -157,29 +157,42 @@ def test_the_error_names_file_layer_and_entry_of_a_damaged_record(tmp_path):
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     final = tmp_path / "new.halo"
     with pytest.raises(KeyboardInterrupt):
-        with new_folder(final, 0) as folder:
+        with new_folder(final, 0, "whole") as folder:
             (folder / "half").write_text("half")
             assert not final.exists()
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    with new_folder(final, 0) as folder:
+    with new_folder(final, 0, "whole") as folder:
         (folder / "whole").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["new.halo"]
 
 
 def test_an_existing_folder_is_not_replaced_unasked(tmp_path):
-    (tmp_path / "old.halo").mkdir()
+    old = tmp_path / "old.halo"
+    old.mkdir()
+    (old / "model").write_text("old")
     with pytest.raises(UsageError, match="--force"):
-        with new_folder(tmp_path / "old.halo", 0):
+        with new_folder(old, 0, "model"):
             pass
-    with new_folder(tmp_path / "old.halo", 0, replace=True) as folder:
-        (folder / "file").write_text("x")
-    assert (tmp_path / "old.halo" / "file").exists()
+    with new_folder(old, 0, "model", replace=True) as folder:
+        (folder / "model").write_text("new")
+    assert (old / "model").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["old.halo"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (tmp_path / "plain").write_text("x")
+    for name in ("precious", "plain"):
+        with pytest.raises(UsageError, match="no folder made by this command"):
+            with new_folder(tmp_path / name, 0, "model.h5", replace=True):
+                pass
+    assert (tmp_path / "precious" / "file").exists() and (tmp_path / "plain").exists()
 
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(DiskFullError, match="MB free"):
-        with new_folder(tmp_path / "big.halo", shutil.disk_usage(tmp_path).total * 2):
+        with new_folder(tmp_path / "big.halo", shutil.disk_usage(tmp_path).total * 2, "model"):
             pytest.fail("the body must not run")
 
 
@@ -191,7 +204,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
         pytest.skip("mounting a tmpfs is not permitted here")
     try:
         with pytest.raises(HaloError, match="full") as failure:
-            with new_folder(small / "model.halo", 0) as folder:
+            with new_folder(small / "model.halo", 0, "model") as folder:
                 write_file(folder / "file.h5", layers=200)
         assert failure.value.exit_code == 1
         assert list(small.iterdir()) == []

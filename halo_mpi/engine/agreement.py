@@ -2,12 +2,13 @@
 
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 from mpi4py import MPI
 
-from halo_mpi.errors import HaloError
+from halo_mpi.errors import HaloError, InputError
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
 
 T = TypeVar("T")
@@ -26,16 +27,18 @@ def complain(message: str) -> None:
     print(f"halo-mpi: {message}", file=sys.stderr, flush=True)
 
 
-def together(comm: MPI.Comm, step: Callable[[], T]) -> T:
+def together(comm: MPI.Comm, step: Callable[[], T], verbose: bool = False) -> T:
     """Run `step` on every rank (collective) and return its result.
 
     Raises AgreedError on every rank if `step` raised a HaloError on any. The root prints before anyone leaves, since
-    mpirun ends all ranks as soon as one exits with an error.
+    mpirun ends all ranks as soon as one exits with an error. With `verbose` the ranks that failed show their tracebacks.
     """
     result, failure = None, None
     try:
         result = step()
     except HaloError as error:
+        if verbose:
+            traceback.print_exc()
         failure = {"rank": comm.rank, "host": socket.gethostname(), "message": str(error), "code": error.exit_code}
     failures = [failure for failure in gather(comm, failure) if failure]
     verdict = None
@@ -46,6 +49,25 @@ def together(comm: MPI.Comm, step: Callable[[], T]) -> T:
     if verdict:
         raise AgreedError(verdict["message"], verdict["code"])
     return result
+
+
+def require_equal(comm: MPI.Comm, what: str, value: str, advice: str) -> None:
+    """End all ranks if `value` is not the same on all of them (collective); the line says what to do."""
+    values = gather(comm, {"host": socket.gethostname(), "value": value})
+
+    def check() -> None:
+        for rank, other in enumerate(values):
+            if other["value"] != values[0]["value"]:
+                raise InputError(
+                    f"the {what} differs: {_short(values[0]['value'])} on rank 0 ({values[0]['host']}), "
+                    f"{_short(other['value'])} on rank {rank} ({other['host']}); {advice}"
+                )
+
+    together(comm, check)
+
+
+def _short(value: str) -> str:
+    return value[:12] if len(value) == 64 else value  # a digest
 
 
 def _summary(failures: list[dict], ranks: int) -> str:

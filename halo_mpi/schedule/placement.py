@@ -54,9 +54,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
         heads, groups = _shares_from_file(Path(placement), config, ranks)
         fixed = True
     query = _assign("query", heads, owners(heads), available, fixed or placement == "root-attention")
-    # Groups are striped over the shards by number, so a rank that holds only shard k of K = ranks gets what is there.
-    striped = owners(groups) if fixed else [group % ranks for group in range(config.groups)]
-    ffn = _assign("ffn", groups, striped, available, fixed)
+    ffn = _assign("ffn", groups, owners(groups), available, fixed)
     return Plan(placement, np.tile(query, (config.layers, 1)), np.tile(ffn, (config.layers, 1)))
 
 

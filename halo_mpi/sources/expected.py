@@ -8,7 +8,7 @@
 Each layer's matrix may have a bias, NAME.bias [rows].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,9 @@ class Naming:
             return f"{self.model[base]}.{kind}"
         _, layer, part = base.split(".")
         return f"{self.layers}.{layer}.{self.parts[part]}.{kind}"
+
+
+DERIVED = ("rope_freqs.weight", "rotary_emb.inv_freq")  # rotary frequencies, which some files carry
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -65,10 +68,16 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...],
                 yield f"layers.{layer}.{part}.bias", shape[:1], False
 
 
-def collect_tensors(path: Path, config: ModelConfig, naming: Naming, find: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+def collect_tensors(
+    path: Path, config: ModelConfig, naming: Naming, find: Callable[[str], Tensor | None], present: Iterable[str]
+) -> dict[str, Tensor]:
     """The model's tensors by canonical name; `find` gives the one that the file has under a name of its own.
 
-    Raises DamagedFileError for the first one that is missing or of another shape, InputError for an unknown format.
+    `present`: all names in the file. One that nothing asks for is refused, since a damaged name would otherwise be a
+    tensor that the model goes without (a bias, the head, the rotary factors).
+
+    Raises DamagedFileError for the first one that is missing, unknown or of another shape, InputError for an unknown
+    format.
     """
     tensors = {}
     for name, shape, required in expected_shapes(config):
@@ -89,6 +98,14 @@ def collect_tensors(path: Path, config: ModelConfig, naming: Naming, find: Calla
                 f"{', '.join(NATIVE_DTYPES)}"
             )
         tensors[name] = tensor
+    known = {naming.stored(name) for name in (*tensors, "head")}  # a tied model's file may repeat the embedding as its head
+    for stored in present:
+        if stored not in known and not stored.endswith(DERIVED):
+            raise DamagedFileError(f"{path}: tensor {stored} is no part of a LLaMA model; download it again")
+    for part in layer_shapes(config):
+        layers = sum(f"layers.{layer}.{part}.bias" in tensors for layer in range(config.layers))
+        if layers not in (0, config.layers):
+            raise DamagedFileError(f"{path}: only {layers} of {config.layers} layers have a bias of {part}; download it again")
     return tensors
 
 

@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> Source:
         data = content[info.offset : info.offset + info.bytes].reshape(rows, -1)
         return Tensor(path, name, info.type.name, info.shape, data, *GGML_QUANT_SIZES[info.type])
 
-    tensors = collect_tensors(path, config, NAMING, find)
+    tensors = collect_tensors(path, config, NAMING, find, header.tensors)
     config = dataclasses.replace(config, rope_factors=_rope_factors(header, config, find(ROPE_FACTORS)))
     types = Counter(info.type.name for info in header.tensors.values())
     return Source(

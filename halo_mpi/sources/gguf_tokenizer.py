@@ -51,6 +51,9 @@ SPLITTINGS = {
 }
 
 
+ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # of LLaMA 3 and of ChatML
+
+
 class TokenType(IntEnum):
     """The values of tokenizer.ggml.token_type."""
 
@@ -103,8 +106,15 @@ def tokenizer_files(header: Header, vocabulary: int) -> TokenizerFiles:
         chat_template=header.get("tokenizer.chat_template", str, None),
         bos=tokens.text("bos"),
         eos=tokens.text("eos"),
-        eos_ids=tuple(dict.fromkeys(tokens.roles[role] for role in ("eos", "eot", "eom") if role in tokens.roles)),
+        eos_ids=_ends(tokens),
     )
+
+
+def _ends(tokens: Vocabulary) -> tuple[int, ...]:
+    """Tokens that end a text: those that the file names, and the ends of a turn that many files only have as tokens."""
+    stated = [tokens.roles[role] for role in ("eos", "eot", "eom") if role in tokens.roles]
+    turns = [tokens.ids[text] for text in ENDS_OF_TURN if text in tokens.ids]
+    return tuple(dict.fromkeys(stated + [end for end in turns if tokens.types[end] == TokenType.CONTROL]))
 
 
 def _vocabulary(header: Header, size: int, defaults: dict[str, int]) -> Vocabulary:

@@ -47,7 +47,7 @@ def open_huggingface(folder: Path) -> Source:
         raise InputError(f"{folder}: the folder has no config.json{hint}")
     fields, config = read_config(folder)
     stored = _stored_tensors(folder)
-    tensors = collect_tensors(folder, config, NAMING, stored.get)
+    tensors = collect_tensors(folder, config, NAMING, stored.get, stored)
     config = dataclasses.replace(config, rope_factors=rope_factors(folder, fields, config))
     types = Counter(tensor.type for tensor in stored.values())
     return Source(

@@ -137,12 +137,14 @@ def content_digest(file: h5py.File) -> str:
 
 
 @contextmanager
-def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterator[Path]:
+def new_folder(final: Path, needed_bytes: int, marker: str, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `final`, renamed to it if the body succeeds and removed if not.
 
-    Raises UsageError if `final` exists and may not be replaced, DiskFullError if the disk does not hold `needed_bytes`
-    or fills up in the body.
+    Raises UsageError if `final` exists and may not be replaced (only a folder that holds `marker` ever is), DiskFullError
+    if the disk does not hold `needed_bytes` or fills up in the body.
     """
+    if final.exists() and not (final / marker).is_file():
+        raise UsageError(f"{final} exists already and is no folder made by this command; choose another name")
     if final.exists() and not replace:
         raise UsageError(f"{final} exists already; choose another name, remove it, or add --force to replace it")
     try:
@@ -160,8 +162,12 @@ def new_folder(final: Path, needed_bytes: int, replace: bool = False) -> Iterato
         yield partial
         partial.chmod(0o755)
         if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+            old = partial.with_suffix(".old")
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old)
+        else:
+            partial.rename(final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"the disk of {final.parent} is full; nothing was left under {final}") from error

@@ -44,11 +44,18 @@ class Message:
         self._width = width
 
     def write(self, seq: int, kind: Kind, layer: int, position: int, x: np.ndarray | None, wire: str) -> np.ndarray:
-        """Fill the message with x, f32 [rows, width] or None; returns the bytes to send."""
+        """Fill the message with x, f32 [rows, width] or None; returns the bytes to send.
+
+        Raises HaloError if a value is too large for f16.
+        """
         rows = 0 if x is None else len(x)
         self.header[...] = (seq, position, layer, rows, kind, WIRES.index(wire), 0)
         if rows:
-            self._vectors(rows, WIRE_DTYPES[wire])[...] = x
+            vectors = self._vectors(rows, WIRE_DTYPES[wire])
+            with np.errstate(over="ignore"):
+                vectors[...] = x
+            if wire == "f16" and not np.isfinite(vectors).all():
+                raise HaloError(f"a value of layer {layer} ({kind.name.lower()}) is not finite in f16; use --wire f32")
         return self.buffer[: HEADER.itemsize + rows * self._width * WIRE_DTYPES[wire].itemsize]
 
     def read(self) -> np.ndarray:

@@ -14,7 +14,7 @@ RING_DEPTH = 4
 
 
 class WorkerLink:
-    """Receives requests and sends the answers, in the wire format of the request."""
+    """Receives requests and sends the answers, in this run's wire format."""
 
     def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
         self._wire = wire
@@ -46,3 +46,4 @@ class WorkerLink:
             int(header["seq"]), Kind(header["kind"]), int(header["layer"]), int(header["position"]), y, self._wire
         )
         self._pool.send(message, data, [ROOT])
+        self._waiter.heard()  # the next request comes soon after an answer, however long that took
