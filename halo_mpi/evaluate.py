@@ -56,6 +56,7 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
         session.finish(session.serve())
         return
     scores, tpot_ms = [], []
+    session.marks.begin()
     for index in progress(range(len(ids)), len(ids), "evaluating"):
         position = index % window
         if index + 1 == len(ids) or position + 1 == window:
@@ -63,9 +64,11 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
         begin = time.perf_counter()
         logits = session.root.step(ids[index], position)
         tpot_ms.append((time.perf_counter() - begin) * 1e3)
+        session.marks.token()
         scores.append(_log_probability(logits, ids[index + 1]))
+    session.marks.end()
     perplexity = float(np.exp(-np.mean(scores)))
-    devices = session.finish(None)
+    devices = session.finish()
     click.echo(f"perplexity {perplexity:.4f} over {len(scores)} scored tokens")
     report = make_report(session, devices, len(ids), [], None, None, tpot_ms, perplexity)
     report["scored_tokens"] = len(scores)

@@ -83,8 +83,9 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         session.finish(session.serve())
         return
     completions = []
+    session.marks.begin()
     for text in texts:
-        completion = complete(session.root, session.tokenizer, text.tokens, text.sampling, _show if results is None else _hide)
+        completion = complete(session, text.tokens, text.sampling, _show if results is None else _hide)
         completions.append(completion)
         if results:
             mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
@@ -92,7 +93,8 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
             results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
     if not results:
         _show("\n")
-    devices = session.finish(None)
+    session.marks.end()
+    devices = session.finish()
     token_ids = [token for completion in completions for token in completion.token_ids]
     tpot_ms = [sample for completion in completions for sample in completion.tpot_ms]
     prompt_tokens = sum(len(text.tokens) for text in texts)

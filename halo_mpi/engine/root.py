@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from halo_mpi.engine.marks import Marks
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.schedule.placement import Plan
@@ -28,14 +29,21 @@ class Ledger:
         return {**counts, "discarded_late": 0, "inexact_importance": 0.0}
 
 
+def even_shares(plan: Plan, rank: int, ranks: int) -> dict[Kind, list[float]]:
+    """A rank's part of each layer's work, in even shares: 1.0 is as much as everybody would have."""
+    owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+    return {kind: ((owner == rank).mean(axis=1) * ranks).tolist() for kind, owner in owners.items()}
+
+
 class Root:
     """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
 
     The text is one sequence; positions must be computed in order, beginning at 0 for a new text.
     """
 
-    def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink):
-        self._config, self._trunk, self._share, self._link = config, trunk, share, link
+    def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks):
+        self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
+        self._even_shares = even_shares(plan, 0, link.ranks)
         self._owners = {
             Kind.ATTENTION: [sorted(set(owner.tolist())) for owner in plan.query],
             Kind.FFN: [sorted(set(owner.tolist())) for owner in plan.ffn],
@@ -77,6 +85,7 @@ class Root:
             start = time.perf_counter()
             own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
             self.compute_s += time.perf_counter() - start
+            self._marks.pace(start, self._even_shares[kind][layer])
             x = x + own
         for answer in self._link.collect(seq, workers):
             x = x + torch.from_numpy(answer)

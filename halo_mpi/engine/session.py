@@ -18,9 +18,10 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import require_equal, together
+from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import RunOptions
-from halo_mpi.engine.root import PREFILL_ROWS, Root
-from halo_mpi.engine.worker import Served, serve
+from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
+from halo_mpi.engine.worker import serve
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share
@@ -47,6 +48,7 @@ class Session:
         self.machine = f"{self.host} {_boot_id()}"  # boards from one image may all have the same name
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
+        self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
         sharpen_timers()
         self.run = self._with_roots_options(run)
@@ -81,13 +83,13 @@ class Session:
         self.event("weights loaded")
         link = RootLink if self.is_root else WorkerLink
         self.link = link(self.comm, PREFILL_ROWS, self.config.hidden, self.run.wire)
-        self.root = Root(self.config, trunk, self.share, self.plan, self.link) if self.is_root else None
+        self.root = Root(self.config, trunk, self.share, self.plan, self.link, self.marks) if self.is_root else None
 
-    def serve(self) -> Served:
-        """A worker's part of the run, until the root says stop."""
-        return serve(self.link, self.share)
+    def serve(self) -> float:
+        """A worker's part of the run, until the root says stop; the seconds that it computed."""
+        return serve(self.link, self.share, self.marks, even_shares(self.plan, self.comm.rank, self.comm.size))
 
-    def finish(self, served: Served | None) -> list[dict]:
+    def finish(self, compute_s: float | None = None) -> list[dict]:
         """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
         if self.is_root:
             self.link.stop()
@@ -98,7 +100,8 @@ class Session:
             "heads": sum(map(len, self.plan.query_heads(self.comm.rank))),
             "weights_bytes": self._weights_bytes,
             "rss_bytes": psutil.Process().memory_info().rss,
-            "compute_s": served.compute_s if served else self.root.compute_s,
+            "compute_s": self.root.compute_s if self.is_root else compute_s,
+            "paced": self.marks.current_pace(),
         }
         devices = gather(self.comm, mine)
         self.store.close()

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from halo_mpi.engine.root import Root
 from halo_mpi.engine.sampling import Sampler, Sampling
-from halo_mpi.model.tokenizer import TextStream, Tokenizer
+from halo_mpi.engine.session import Session
+from halo_mpi.model.tokenizer import TextStream
 
 
 @dataclass(slots=True)
@@ -20,12 +20,12 @@ class Completion:
     tpot_ms: list[float] = field(default_factory=list)
 
 
-def complete(root: Root, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling, write: Callable[[str], None]) -> Completion:
-    """Continue `prompt` (token ids); every piece of text that may be shown goes to `write` at once.
+def complete(session: Session, prompt: list[int], sampling: Sampling, write: Callable[[str], None]) -> Completion:
+    """Continue `prompt` (token ids) on the root; every piece of text that may be shown goes to `write` at once.
 
     The end-of-text token is no part of the result. With `ignore_eos` it is banned, so that `max_tokens` are generated.
     """
-    result = Completion()
+    root, tokenizer, result = session.root, session.tokenizer, Completion()
     stream = TextStream(tokenizer, sampling.stop)
     ends = set(tokenizer.eos_ids)
     sampler = Sampler(sampling, banned=tuple(ends) if sampling.ignore_eos else ())
@@ -43,6 +43,7 @@ def complete(root: Root, tokenizer: Tokenizer, prompt: list[int], sampling: Samp
             result.finish_reason = "stop"
             break
         result.token_ids.append(token)
+        session.marks.token()
         write(stream.push(token))
         if stream.stopped:
             result.finish_reason = "stop"

@@ -21,6 +21,7 @@ class RootLink:
     """
 
     def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
+        self.ranks = comm.size
         self.workers = list(range(1, comm.size))
         self._wire = wire
         self._seq = 0

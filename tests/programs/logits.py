@@ -30,7 +30,7 @@ def logits(comm, run: RunOptions) -> None:
         if session.is_root:
             steps = np.stack([session.root.step(token, position) for position, token in enumerate(job["ids"])])
             np.savez(job["out"], steps=steps, prefill=session.root.prefill(job["ids"]))
-            session.finish(None)
+            session.finish()
         else:
             session.finish(session.serve())
 

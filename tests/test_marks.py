@@ -1,0 +1,73 @@
+"""The program's side of the laboratory's contract."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from halo_mpi.engine.marks import Marks
+
+
+def took(marks: Marks, share: float, computed_s: float = 0.0) -> float:
+    begin = time.perf_counter()
+    time.sleep(computed_s)
+    marks.pace(begin, share)
+    return time.perf_counter() - begin
+
+
+def set_pace(folder, **pace):
+    (folder / "pace-0.json.new").write_text(json.dumps(pace))
+    os.replace(folder / "pace-0.json.new", folder / "pace-0.json")
+
+
+def test_without_a_lab_nothing_is_written_and_nobody_waits(monkeypatch):
+    monkeypatch.delenv("HALO_MPI_LAB_DIR", raising=False)
+    marks = Marks.from_environment(0)
+    begin = time.perf_counter()
+    marks.begin()
+    marks.token()
+    marks.end()
+    assert marks.current_pace() is None and took(marks, 1.0) < 0.01 and time.perf_counter() - begin < 0.1
+
+
+def test_a_request_takes_at_least_the_pace_of_its_share(tmp_path):
+    set_pace(tmp_path, pace_ms=20, slowdown=1.0)
+    marks = Marks(tmp_path, 0)
+    assert took(marks, 1.0) == pytest.approx(0.02, abs=0.006)
+    assert took(marks, 2.0) == pytest.approx(0.04, abs=0.006)
+    assert took(marks, 1.0, computed_s=0.05) == pytest.approx(0.05, abs=0.006)
+
+
+def test_a_slow_device_takes_its_compute_time_times_the_factor(tmp_path):
+    set_pace(tmp_path, pace_ms=0, slowdown=0.25)
+    assert took(Marks(tmp_path, 0), 1.0, computed_s=0.01) == pytest.approx(0.04, abs=0.01)
+
+
+def test_a_change_of_pace_is_heeded(tmp_path):
+    set_pace(tmp_path, pace_ms=0, slowdown=1.0)
+    marks = Marks(tmp_path, 0)
+    assert took(marks, 1.0) < 0.01
+    time.sleep(0.15)
+    set_pace(tmp_path, pace_ms=30, slowdown=1.0)
+    assert took(marks, 1.0) == pytest.approx(0.03, abs=0.006)
+
+
+def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
+    marks = Marks(tmp_path, 0)
+    threading.Timer(0.2, (tmp_path / "go").touch).start()
+    begin = time.perf_counter()
+    marks.begin()
+    assert time.perf_counter() - begin >= 0.19
+    marks.token()
+    marks.token()
+    (tmp_path / "calm").touch()
+    marks.end()
+    assert (tmp_path / "progress").read_text().splitlines() == ["generation-begin", "token 1", "token 2", "generation-end"]
+    assert int((tmp_path / "rank-0.pid").read_text()) == os.getpid()
+
+
+def test_only_the_root_marks(tmp_path):
+    Marks(tmp_path, 1).begin()
+    assert not (tmp_path / "progress").exists() and (tmp_path / "rank-1.pid").exists()
