@@ -8,6 +8,7 @@ import numpy as np
 
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.engine.sampling import require_finite
 from halo_mpi.errors import HaloError, UsageError
 
 EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smollm2-135m.halo --text book.txt --tokens 2000"
@@ -84,8 +85,7 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
 
 def _log_probability(logits: np.ndarray, token: int) -> float:
     """Log-probability of one token, for logits f32 [V]. Raises HaloError if they are not finite."""
-    if not np.isfinite(logits).all():
-        raise HaloError("the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32")
+    require_finite(logits)
     shifted = logits.astype(np.float64) - logits.max()
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
 

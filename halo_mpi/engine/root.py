@@ -44,10 +44,8 @@ class Root:
     def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks):
         self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
         self._even_shares = even_shares(plan, 0, link.ranks)
-        self._owners = {
-            Kind.ATTENTION: [sorted(set(owner.tolist())) for owner in plan.query],
-            Kind.FFN: [sorted(set(owner.tolist())) for owner in plan.ffn],
-        }
+        owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+        self._workers = {kind: [sorted(set(owner.tolist()) - {0}) for owner in table] for kind, table in owners.items()}
         self.ledger = Ledger()
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
@@ -76,12 +74,11 @@ class Root:
         """One sync: the residual vectors x [T, D] plus the partial sums of all ranks, added in rank order."""
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
-        owners = self._owners[kind][layer]
-        workers = [rank for rank in owners if rank != 0]
+        workers = self._workers[kind][layer]
         seq = self._link.ask(kind, layer, position, normed.numpy(), workers) if workers else 0
         if bias is not None:
             x = x + bias[layer]
-        if 0 in owners:
+        if self._even_shares[kind][layer]:
             start = time.perf_counter()
             own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
             self.compute_s += time.perf_counter() - start

@@ -37,6 +37,12 @@ class Sampling:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {rule}")
 
 
+def require_finite(logits: np.ndarray) -> None:
+    """Raise HaloError if the model's logits are not finite."""
+    if not np.isfinite(logits).all():
+        raise HaloError("the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32")
+
+
 class Sampler:
     """Chooses tokens for one text; the same seed and logits give the same tokens."""
 
@@ -51,10 +57,7 @@ class Sampler:
         Order: repetition penalty (arXiv 1909.05858), temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv
         2407.01082). Raises HaloError if the logits are not finite.
         """
-        if not np.isfinite(logits).all():
-            raise HaloError(
-                "the model's logits are not finite; check the model with `halo-mpi inspect --verify`, or use --wire f32"
-            )
+        require_finite(logits)
         how, logits = self._sampling, logits.astype(np.float64)
         if how.repetition_penalty != 1:
             seen = np.unique(np.array(text, np.int64))

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from halo_mpi.errors import InputError
+from halo_mpi.store.encoding import BLOCK
 
-BLOCK = 32  # weights that share a scale in the 4-bit and 8-bit formats, and the grain of FFN groups
 MAX_GROUP = 128  # neurons; at hidden 576 a 4-bit group is 138 KiB, one read from an SD card
 GROUPS_WANTED = 12  # for small FFNs: enough groups that a handful of ranks all get some
 

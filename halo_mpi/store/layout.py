@@ -10,9 +10,11 @@ A table is a grid of records of one layout, [layers, entries]. It is stored in H
     NAME           attribute `layout`: the matrices' names, shapes and dtypes, as JSON
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 
+import h5py
 import numpy as np
 
 from halo_mpi.store.encoding import BLOCK, Blocks, decode, encode, encoded_bytes
@@ -65,6 +67,17 @@ class RecordLayout:
     @classmethod
     def from_json(cls, text: str) -> "RecordLayout":
         return cls([Part(*fields) for fields in json.loads(text)])
+
+
+def content_digest(file: h5py.File) -> str:
+    """sha256 (hex) over the metadata and every table's layout, index and checksums, and so over all content."""
+    digest = hashlib.sha256(file["meta"][()].tobytes())
+    for name in sorted(key for key in file if key != "meta"):
+        group = file[name]
+        digest.update(name.encode() + group.attrs["layout"].tobytes() + repr(group["records"].shape).encode())
+        digest.update(group["index"][()].tobytes())
+        digest.update(group["crc32"][()].tobytes())
+    return digest.hexdigest()
 
 
 def _padded(matrix: np.ndarray | Blocks, part: Part) -> np.ndarray | Blocks:

@@ -11,8 +11,7 @@ import h5py
 import numpy as np
 
 from halo_mpi.errors import DamagedFileError, InputError
-from halo_mpi.store.layout import FORMAT, RecordLayout
-from halo_mpi.store.writer import content_digest
+from halo_mpi.store.layout import FORMAT, RecordLayout, content_digest
 
 MODEL_FILE = "model.h5"
 
@@ -120,9 +119,6 @@ class ModelStore:
             if name in file.tables:
                 return file.tables[name].layout
         raise InputError(f"{self.folder} holds no shard with {name} records; copy a shard-KK.h5 to this host")
-
-    def has(self, name: str) -> bool:
-        return any(name in file.tables for file in (self.model, *self.shards.values()))
 
     def read(self, name: str, layer: int, entry: int) -> np.ndarray:
         """The bytes of one record, uint8, from whichever file here holds it.

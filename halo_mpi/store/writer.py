@@ -1,7 +1,6 @@
 """Writing record files, and folders that appear under their final name only when they are complete."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 
 from halo_mpi.errors import DiskFullError, UsageError
-from halo_mpi.store.layout import ALIGNMENT, FORMAT, RecordLayout
+from halo_mpi.store.layout import ALIGNMENT, FORMAT, RecordLayout, content_digest
 
 SMALLEST_ALIGNED = 4096  # bytes; records are aligned in the file, HDF5's own small structures are not
 
@@ -123,17 +122,6 @@ class RecordFileWriter:
         self._file.close()
         self._disk.close()
         return digest
-
-
-def content_digest(file: h5py.File) -> str:
-    """sha256 (hex) over the metadata and every table's layout, index and checksums, and so over all content."""
-    digest = hashlib.sha256(file["meta"][()].tobytes())
-    for name in sorted(key for key in file if key != "meta"):
-        group = file[name]
-        digest.update(name.encode() + group.attrs["layout"].tobytes() + repr(group["records"].shape).encode())
-        digest.update(group["index"][()].tobytes())
-        digest.update(group["crc32"][()].tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 from mpi4py import MPI
 
+from halo_mpi.wire.exchange import ROOT
 from halo_mpi.wire.messages import Kind, Message
 from halo_mpi.wire.polling import Waiter
 from halo_mpi.wire.ring import ReceiveRing, SendPool
 
-ROOT = 0
 RING_DEPTH = 4
 
 
