@@ -32,6 +32,9 @@ EXAMPLE = (
 @click.option("--resume", is_flag=True, help="With --out: keep the results that are there and skip their prompts.")
 @click.option("--chat", is_flag=True, help="Take the prompt as one turn of a conversation, in the model's own template.")
 @click.option("--max-tokens", default=128, show_default=True, help="Most tokens to generate.")
+@click.option(
+    "--max-seconds", type=click.FloatRange(0, min_open=True), help="Begin no further token this long after a text's first."
+)
 @click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token (greedy).")
 @click.option("--top-k", default=0, show_default=True, help="Sample among the K likeliest tokens; 0: all.")
 @click.option(
@@ -46,7 +49,7 @@ EXAMPLE = (
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, seed: int | None, **options) -> None:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, **options) -> None:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
     The text goes to standard output as it is written, everything else to standard error.
@@ -85,7 +88,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     completions = []
     session.marks.begin()
     for text in texts:
-        completion = complete(session, text.tokens, text.sampling, _show if results is None else _hide)
+        completion = complete(session, text.tokens, text.sampling, _show if results is None else _hide, max_seconds)
         completions.append(completion)
         if results:
             mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None

@@ -36,6 +36,7 @@ class RunOptions:
     memory: int | None  # bytes per rank, weights and KV cache
     threads: int | None
     report: Path | None
+    samples: bool
     verbose: bool
 
 
@@ -43,8 +44,8 @@ def run_options(command: Callable) -> Callable:
     """Add the options of RunOptions to a click command, which receives them as one argument `run`."""
 
     @functools.wraps(command)
-    def with_run(*arguments, model, wire, sync, placement, memory, threads, report, verbose, **options):
-        run = RunOptions(model, wire, sync, placement, memory, threads, report, verbose)
+    def with_run(*arguments, model, wire, sync, placement, memory, threads, report, samples, verbose, **options):
+        run = RunOptions(model, wire, sync, placement, memory, threads, report, samples, verbose)
         return command(*arguments, run=run, **options)
 
     options = (
@@ -57,6 +58,7 @@ def run_options(command: Callable) -> Callable:
         click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
                      help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
         click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),
+        click.option("--samples", is_flag=True, help="With --json: also the time of every token and every sync."),
         click.option("--verbose", is_flag=True, help="Show a traceback if something fails."),
     )  # fmt: skip
     for option in reversed(options):

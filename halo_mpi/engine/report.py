@@ -28,7 +28,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
     """The report of a finished run. `tpot_ms`: one sample per token after the first."""
     run, meta, ledger = session.run, session.store.meta, session.root.ledger
     mean = float(np.mean(tpot_ms)) if tpot_ms else None
-    return {
+    report = {
         "schema": SCHEMA,
         "halo_mpi": __version__,
         "git": git_revision(),
@@ -67,6 +67,11 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "devices": devices,
         "events": session.events,
     }
+    if run.samples:
+        report["samples"] = {
+            name: [round(ms, 3) for ms in times] for name, times in (("tpot_ms", tpot_ms), ("sync_ms", ledger.sync_ms))
+        }
+    return report
 
 
 def write_report(path: Path, report: dict) -> None:

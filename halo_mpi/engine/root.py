@@ -81,8 +81,8 @@ class Root:
         if self._even_shares[kind][layer]:
             start = time.perf_counter()
             own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
-            self.compute_s += time.perf_counter() - start
             self._marks.pace(start, self._even_shares[kind][layer])
+            self.compute_s += time.perf_counter() - start
             x = x + own
         for answer in self._link.collect(seq, workers):
             x = x + torch.from_numpy(answer)

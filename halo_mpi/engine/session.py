@@ -112,7 +112,7 @@ class Session:
         self.events.append({"t_s": round(time.perf_counter() - self.begin, 3), "rank": self.comm.rank, "what": what})
 
     def _device(self, measured: dict) -> dict:
-        """One entry of the report's devices: `speed` in GB/s of weights, `compute_ms` per token computed."""
+        """One entry of the report's devices: `speed` in GB/s of weights, `compute_ms` per token computed (a lab's pace included)."""
         tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
         rank = measured["rank"]
         return {
@@ -129,7 +129,7 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         shared = {name: getattr(run, name) for name in ("wire", "sync", "placement", "memory", "threads", "verbose")}
-        return RunOptions(model=run.model, report=run.report, **broadcast(self.comm, shared))
+        return RunOptions(model=run.model, report=run.report, samples=run.samples, **broadcast(self.comm, shared))
 
     def _count_ranks_on_host(self) -> int:
         hosts = broadcast(self.comm, gather(self.comm, self.machine))

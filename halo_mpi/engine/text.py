@@ -20,10 +20,11 @@ class Completion:
     tpot_ms: list[float] = field(default_factory=list)
 
 
-def complete(session: Session, prompt: list[int], sampling: Sampling, write: Callable[[str], None]) -> Completion:
+def complete(session: Session, prompt: list[int], sampling: Sampling, write: Callable[[str], None],
+             max_seconds: float | None = None) -> Completion:  # fmt: skip
     """Continue `prompt` (token ids) on the root; every piece of text that may be shown goes to `write` at once.
 
-    The end-of-text token is no part of the result. With `ignore_eos` it is banned, so that `max_tokens` are generated.
+    After `max_seconds` since the first token no further one is begun. The end-of-text token is no part of the result. With `ignore_eos` it is banned, so that `max_tokens` are generated.
     """
     root, tokenizer, result = session.root, session.tokenizer, Completion()
     stream = TextStream(tokenizer, sampling.stop)
@@ -48,7 +49,8 @@ def complete(session: Session, prompt: list[int], sampling: Sampling, write: Cal
         if stream.stopped:
             result.finish_reason = "stop"
             break
-        if len(result.token_ids) == sampling.max_tokens:
+        over = max_seconds is not None and sum(result.tpot_ms) >= max_seconds * 1e3
+        if len(result.token_ids) == sampling.max_tokens or over:
             break
         logits = root.step(token, len(prompt) + len(result.token_ids) - 1)
     write(stream.finish())

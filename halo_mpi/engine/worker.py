@@ -25,7 +25,7 @@ def serve(link: WorkerLink, share: Share, marks: Marks, even_shares: dict[Kind, 
             y = share.ffn(layer, x)
         else:
             raise HaloError(f"the root sent a request of unknown kind {kind}; do all ranks run the same version?")
-        compute_s += time.perf_counter() - begin
         marks.pace(begin, even_shares[kind][layer])
+        compute_s += time.perf_counter() - begin
         link.answer(request, y.numpy())
     return compute_s
