@@ -60,11 +60,13 @@ def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
     begin = time.perf_counter()
     marks.begin()
     assert time.perf_counter() - begin >= 0.19
+    marks.phase("prefill")
     marks.token()
     marks.token()
     (tmp_path / "calm").touch()
     marks.end()
-    assert (tmp_path / "progress").read_text().splitlines() == ["generation-begin", "token 1", "token 2", "generation-end"]
+    lines = ["generation-begin", "phase prefill", "token 1", "token 2", "generation-end"]
+    assert (tmp_path / "progress").read_text().splitlines() == lines
     assert int((tmp_path / "rank-0.pid").read_text()) == os.getpid()
 
 

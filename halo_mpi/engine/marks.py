@@ -1,7 +1,7 @@
 """Working together with a network laboratory (bench/lab): the program marks its progress, the lab breaks things and sets the pace.
 
-Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines generation-begin, token N
-and generation-end; from every rank `rank-R.pid`. From the lab: `go` and `calm`, for which rank 0 waits after the first and
+Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines generation-begin, phase NAME,
+token N and generation-end; from every rank `rank-R.pid`. From the lab: `go` and `calm`, for which rank 0 waits after the first and
 the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f}, which may change at any time. Without a lab nothing happens.
 """
 
@@ -35,6 +35,10 @@ class Marks:
     def begin(self) -> None:
         """Generation begins; waits until the lab has switched its losses on."""
         self._write("generation-begin", "go")
+
+    def phase(self, name: str) -> None:
+        """A part of the generation begins, such as "prefill"."""
+        self._write(f"phase {name}")
 
     def token(self) -> None:
         """One more token was generated or scored."""

@@ -30,6 +30,7 @@ def complete(session: Session, prompt: list[int], sampling: Sampling, write: Cal
     stream = TextStream(tokenizer, sampling.stop)
     ends = set(tokenizer.eos_ids)
     sampler = Sampler(sampling, banned=tuple(ends) if sampling.ignore_eos else ())
+    session.marks.phase("prefill")
     begin = time.perf_counter()
     logits = root.prefill(prompt)
     while True:
