@@ -1,0 +1,69 @@
+"""The ways to run that the benchmarks compare, one line each."""
+
+from dataclasses import dataclass, field
+
+import click
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """`options`: of generate and evaluate; `scenario`: the lab's keys that belong to it.
+
+    `exact`: its token ids must not depend on the network. `program`: the module that runs. `alone`: one host does the work of
+    all; `paced`: at the pace of the device that the lab plays.
+    """
+
+    description: str
+    options: tuple[str, ...] = ()
+    scenario: dict = field(default_factory=dict)
+    exact: bool = True
+    program: str = "halo_mpi.generate"
+    alone: bool = False
+    paced: bool = True
+
+
+STRICT = ("--sync", "strict")
+MODES = {
+    "strict": Mode("(a) strict, stock kernel", STRICT),
+    "strict-tuned": Mode("(b) strict, kernel tuned by root", STRICT, {"rto_min_ms": 5, "quickack": True}),
+    "allreduce": Mode("(c) the syncs alone, by MPI_Allreduce", program="bench.allreduce", exact=False),
+    "one": Mode("(d) one such device alone", STRICT, alone=True),
+    "one-unpaced": Mode("(d) one rank at this machine's speed", STRICT, alone=True, paced=False),
+}
+ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
+
+
+class Names(click.ParamType):
+    """Names of a table, separated by commas."""
+
+    name = "NAME,..."
+
+    def __init__(self, known):
+        self._known = tuple(known)
+
+    def convert(self, value, param, ctx):
+        names = value if isinstance(value, tuple) else tuple(word.strip() for word in value.split(","))
+        for name in names:
+            if name not in self._known:
+                self.fail(f"{name!r} is none of {', '.join(self._known)}", param, ctx)
+        return names
+
+
+class Numbers(click.ParamType):
+    """Numbers of one kind within limits, separated by commas."""
+
+    name = "N,..."
+
+    def __init__(self, kind: type, least: float, most: float):
+        self._kind, self._least, self._most = kind, least, most
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self._kind(word) for word in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers, as in 1,2,5", param, ctx)
+        if not all(self._least <= number <= self._most for number in numbers):
+            self.fail(f"{value!r}: each must be between {self._least:g} and {self._most:g}", param, ctx)
+        return numbers
