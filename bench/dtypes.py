@@ -8,7 +8,6 @@ apart: what re-quantizing costs when the source has none. The text is Python's o
 import json
 import os
 import platform
-import pydoc_data.topics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import click
 import numpy as np
 import torch
 
+from bench.quality import language_reference
 from halo_mpi.convert import write_model
 from halo_mpi.engine.report import git_revision
 from halo_mpi.sources import Source, open_source
@@ -82,7 +82,7 @@ def main(source: Path, tokens: int, context: int, out: Path | None) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as name, open_source(source) as opened:
         folder = Path(name)
-        (folder / "text").write_text("\n\n".join(pydoc_data.topics.topics[topic] for topic in sorted(pydoc_data.topics.topics)))
+        (folder / "text").write_text(language_reference())
         for form, (dtype, shuffled) in FORMS.items():
             model = folder / "model.halo"
             write_model(Shuffled(opened) if shuffled else opened, model, dtype, 1, replace=True)

@@ -4,7 +4,6 @@ Every run is the real program under mpirun in a lab whose devices take at least 
 alternate (A B A B ...) within each number of ranks and loss, and are compared pairwise, within a repeat.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from bench.cells import require_lab, run_in_lab
 from bench.figures import figure, require_matplotlib
 from bench.modes import MODES, Names, Numbers
 from bench.results import Results, run_benchmark
+from bench.rounds import failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
 
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 PATIENCE_S = 30.0  # beyond the box, for the token that is under way
-START_S = {1: 8.0, 4: 12.0, 8: 25.0}  # to start, load and end, before the first run has shown it (2 cores)
+START_S = (2.0, 1.0)  # to start, load and end: 4 s on 4 ranks, 8 s on 8, on 2 quiet cores; and so much per rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,56 +72,21 @@ class Box:
             program = [mode.program, "--model", self.model, *mode.options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
             program += ["--max-tokens", self.max_tokens, "--max-seconds", self.seconds]
         timeout_s = 2 * self.seconds + 2 * PATIENCE_S + 3 * cell["ranks"]
-        return {**cell, "pace_ms": pace_ms, **run_in_lab(scenario, program, timeout_s, self.seed + cell["repeat"])}
+        return {"pace_ms": pace_ms, **run_in_lab(scenario, program, timeout_s, self.seed + cell["repeat"])}
 
 
-class Budget:
-    """The time that is left, and how long runs take."""
-
-    def __init__(self, minutes: float, seconds: float):
-        self._end, self._seconds = time.monotonic() + 60 * minutes, seconds
-        self._took_s: dict[tuple, float] = {}
-
-    def note(self, run: dict) -> None:
-        self._took_s[run["mode"], run["ranks"], run["loss"]] = run["wall_s"]
-
-    def allows(self, group: list[dict]) -> bool:
-        return time.monotonic() + sum(map(self._expected_s, group)) <= self._end
-
-    def _expected_s(self, cell: dict) -> float:
-        hosts = 1 if MODES[cell["mode"]].alone else cell["ranks"]
-        start_s = START_S.get(hosts, 4 + 2.7 * hosts)
-        return self._took_s.get((cell["mode"], cell["ranks"], cell["loss"]), start_s + 1.5 * self._seconds)
-
-
-def measure(plan: Plan, box: Box, minutes: float, results: Results) -> None:
-    budget, groups = Budget(minutes, box.seconds), list(plan.groups())
-    total, done = sum(map(len, groups)), 0
-    try:
-        for group in groups:
-            if not budget.allows(group):
-                results.finish(f"truncated after {done} of {total} runs: the time budget of {minutes:g} minutes")
-                return
-            for cell in group:
-                run = box.run(cell)
-                results.add(run)
-                budget.note(run)
-                done += 1
-                click.echo(f"[{done}/{total}] {line_of(run)}", err=True)
-    except KeyboardInterrupt:
-        results.finish(f"interrupted after {done} of {total} runs")
-        return
-    results.finish()
+def expected_s(cell: dict, seconds: float) -> float:
+    hosts = 1 if MODES[cell["mode"]].alone else cell["ranks"]
+    return START_S[0] + START_S[1] * hosts + 1.5 * seconds
 
 
 def name_of(cell: dict) -> str:
     loss = "" if cell["loss"] is None else f", loss {cell['loss']:g} %"
-    return f"{cell['ranks']} ranks{loss}, {cell['mode']}"
+    return f"{cell['ranks']} ranks{loss}, {cell['mode']}, repeat {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:
-    ended = "ok" if run["status"] == "ok" else f"{run['status']}: {run['error']}"
-    return f"{name_of(run)}, repeat {run['repeat'] + 1}: {number(token_ms(run))} ms per token, {ended} ({run['wall_s']:.0f} s)"
+    return f"{name_of(run)}: {number(token_ms(run))} ms per token"
 
 
 def sections(runs: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
@@ -190,11 +155,7 @@ def _notes(content: dict) -> list[str]:
     ]
     if any((samples := pooled([run])) and not samples.warm for run in runs):
         notes.append("* a run had no token beyond the warm-up, which therefore counts")
-    for run in runs:
-        if run["status"] != "ok":
-            notes.append(f"{run['status']}: {name_of(run)}, repeat {run['repeat'] + 1}: {run['error']}")
-    if not content["complete"]:
-        notes.append(f"INCOMPLETE: {content['why_incomplete']}")
+    notes += failures(content, name_of)
     found = identities(run for run in runs if run["mode"] not in MODES or MODES[run["mode"]].exact)
     return notes + [f"token ids under strict: {identity}" for identity in found]
 
@@ -251,7 +212,9 @@ def main(model, modes, losses, ranks, repeats, seconds, pace_ms, max_tokens, min
     settings = {"model": config.name, "layers": config.layers, "modes": modes, "losses": losses, "ranks": ranks, "repeats": repeats,
                 "seconds": seconds, "pace_ms": pace_ms, "max_tokens": max_tokens, "minutes": minutes}  # fmt: skip
     results = Results("tpot", out, seed, **settings)
-    measure(Plan(modes, losses, ranks, repeats), Box(model, seconds, pace_ms, max_tokens, seed), minutes, results)
+    box = Box(model, seconds, pace_ms, max_tokens, seed)
+    groups = Plan(modes, losses, ranks, repeats).groups()
+    measure(groups, box.run, line_of, lambda cell: expected_s(cell, seconds), minutes, results)
     table(results.content).print()
     if png:
         plot(results.content, png)

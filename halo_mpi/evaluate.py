@@ -29,8 +29,11 @@ EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smoll
 @click.option(
     "--logprobs", type=click.Path(path_type=Path), help="Save the log-probability of each scored token, float32, as .npy."
 )
+@click.option("--top1", type=click.Path(path_type=Path), help="Save the likeliest token at each scored position, int32, as .npy.")
 @click.pass_obj
-def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None) -> None:
+def evaluate(
+    comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None, top1: Path | None
+) -> None:
     """Teacher-forced perplexity of a text.
 
     The text is tokenized without special tokens and cut into consecutive windows of --context tokens. The first token of
@@ -56,7 +59,7 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
     if not session.is_root:
         session.finish(session.serve())
         return
-    scores, tpot_ms = [], []
+    scores, likeliest, tpot_ms = [], [], []
     session.marks.begin()
     for index in progress(range(len(ids)), len(ids), "evaluating"):
         position = index % window
@@ -67,6 +70,7 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
         tpot_ms.append((time.perf_counter() - begin) * 1e3)
         session.marks.token()
         scores.append(_log_probability(logits, ids[index + 1]))
+        likeliest.append(int(logits.argmax()))
     session.marks.end()
     perplexity = float(np.exp(-np.mean(scores)))
     devices = session.finish()
@@ -74,11 +78,9 @@ def evaluate(comm, run: RunOptions, text: Path, tokens: int | None, window: int,
     report = make_report(session, devices, len(ids), [], None, None, tpot_ms, perplexity)
     report["scored_tokens"] = len(scores)
     if logprobs:
-        try:
-            with open(logprobs, "wb") as file:
-                np.save(file, np.array(scores, np.float32), allow_pickle=False)
-        except OSError as error:
-            raise HaloError(f"cannot write {logprobs}: {error.strerror}") from error
+        _save(logprobs, np.array(scores, np.float32))
+    if top1:
+        _save(top1, np.array(likeliest, np.int32))
     if run.report:
         write_report(run.report, report)
 
@@ -88,6 +90,14 @@ def _log_probability(logits: np.ndarray, token: int) -> float:
     require_finite(logits)
     shifted = logits.astype(np.float64) - logits.max()
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    try:
+        with open(path, "wb") as file:
+            np.save(file, values, allow_pickle=False)
+    except OSError as error:
+        raise HaloError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":
