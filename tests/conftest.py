@@ -1,12 +1,14 @@
-"""Models that several test files share, converted once."""
+"""What several test files share: models, converted once, and what laboratories this machine can have."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench.lab.scenario import Host, Scenario
 from halo_mpi.convert import write_model
 from halo_mpi.sources import open_source
+from tests.lab import why_not
 from tests.mpi import ROOT
 from tests.tiny_models import TINY, write_tiny_hf
 
@@ -44,3 +46,18 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_hf(folder / "source", replace(TINY, context=512))
     return converted(folder / "source", folder / "tiny.halo", "f32", shards=3)
+
+
+@pytest.fixture(scope="session")
+def can():
+    """Skips what this machine has no means for."""
+    known: dict[str, str | None] = {}
+
+    def check(backend: str, **link) -> None:
+        key = f"{backend} {sorted(link)}"
+        if key not in known:
+            known[key] = why_not(backend, Scenario("probe", {h: Host(**link) for h in ("pi1", "pi2")}))
+        if known[key]:
+            pytest.skip(known[key])
+
+    return check

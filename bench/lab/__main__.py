@@ -39,10 +39,18 @@ def main() -> None:
 @scenario_options
 def up(scenario: str, hosts: int | None, seed: int, backend: str) -> None:
     """Bring the network up, its losses on, and leave it until `down`."""
-    lab = Lab(load_scenario(scenario, hosts), backend, seed).__enter__()
-    lab.disown()
-    lab.conditions.lossy = True
-    lab.apply()
+    lab = Lab(load_scenario(scenario, hosts), backend, seed)
+    with Interruption() as interruption:
+        lab.__enter__()
+        try:
+            lab.conditions.lossy = True
+            lab.apply()
+            if interruption.number:
+                sys.exit(128 + interruption.number)
+            lab.disown()
+        except BaseException:
+            lab.__exit__()
+            raise
     click.echo(f"{lab.names.lab}: {', '.join(lab.scenario.hosts)} on {lab.names.network}, links by {lab.links.name}")
     click.echo(f"a command on pi1: {lab.agent} pi1 'ping -c 3 {lab.names.address('pi1')}'")
     click.echo(f"end it with: python -m bench.lab down {lab.names.lab}")
@@ -82,6 +90,8 @@ def run(scenario, hosts, seed, backend, keep, record_file, marked, mpirun_option
             started = time.monotonic()
             running = Run(lab, command, marks_progress(command) if marked is None else marked, shlex.split(mpirun_options))
             code = running.follow(interruption, timeout_s)
+            for remark in running.remarks(code):
+                click.echo(f"lab: {remark}", err=True)
             path = record_path(command, record_file)
             if path:
                 write(path, record(lab, running, code, time.monotonic() - started))

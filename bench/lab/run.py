@@ -33,7 +33,7 @@ def marks_progress(command: list[str]) -> bool:
 
 
 class Interruption:
-    """Remembers SIGINT, SIGTERM and SIGHUP instead of dying of them."""
+    """Remembers SIGINT, SIGTERM and SIGHUP instead of dying of them; after the first, this process only has to exit."""
 
     def __init__(self):
         self.number: int | None = None
@@ -44,7 +44,7 @@ class Interruption:
 
     def __exit__(self, *_) -> None:
         for number, handler in self.former.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.number else handler)
 
     def _note(self, number: int, _frame) -> None:
         self.number = self.number or number
@@ -96,14 +96,22 @@ class Run:
                 print(f"lab: not done after {timeout_s:g} s: ended", file=sys.stderr)
                 return EXIT_TIMEOUT
             time.sleep(TICK_S)
-        if self.marked and self.began_s is None:
-            print("lab: the command marked no generation: no losses, no events", file=sys.stderr)
         if interruption.number:
             return 128 + interruption.number
         own = self._own_code()
         if own is not None:
             return own
         return 128 - code if code < 0 else code
+
+    def remarks(self, code: int) -> list[str]:
+        """What the user should know about the end of the command."""
+        lines = []
+        if self.marked and self.began_s is None:
+            lines.append("the command marked no generation: no losses, no events")
+        killed = [entry["host"] for entry in self.director.log if entry["action"] == "kill" and "failed" not in entry]
+        if killed and code:
+            lines.append(f"the scenario killed the rank on {', '.join(killed)}; the command ended with exit code {code}")
+        return lines
 
     def close(self) -> None:
         """Ends what is left of mpirun, its daemons and the ranks."""
