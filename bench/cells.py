@@ -16,6 +16,7 @@ from bench.results import ROOT
 LAB_S = 60.0  # to bring a lab up and take it down, at most
 END_S = 20.0  # for a lab to take itself down when told to
 EXIT_TIMEOUT = 124
+PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 LAB_KEYS = ("backend", "seed", "duration_s", "generation_s", "tokens", "events", "links", "costs")
 
 
@@ -23,6 +24,12 @@ def require_lab() -> None:
     """Raises LabError with the reason why there can be no lab here."""
     require_root_and_tools()
     require_open_mpi_5()
+
+
+def generation(model: Path, options: tuple[str, ...], seconds: float, max_tokens: int) -> list:
+    """`generate` in a time box, with the end-of-text token banned and all times in the report."""
+    program = ["halo_mpi.generate", "--model", model, *options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
+    return [*program, "--max-tokens", max_tokens, "--max-seconds", seconds]
 
 
 def run_in_lab(scenario: dict, program: list, timeout_s: float, seed: int = 0) -> dict:

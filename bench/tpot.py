@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bench.cells import require_lab, run_in_lab
+from bench.cells import generation, require_lab, run_in_lab
 from bench.figures import figure, require_matplotlib
 from bench.modes import MODES, Names, Numbers
 from bench.results import Results, run_benchmark
@@ -19,7 +19,6 @@ from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
 
-PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 PATIENCE_S = 30.0  # beyond the box, for the token that is under way
 START_S = (2.0, 1.0)  # to start, load and end: 4 s on 4 ranks, 8 s on 8, on 2 quiet cores; and so much per rank
 
@@ -69,8 +68,7 @@ class Box:
             program = [mode.program, "--hidden", config.hidden, "--syncs", 2 * config.layers]
             program += ["--seconds", self.seconds, "--patience", PATIENCE_S]
         else:
-            program = [mode.program, "--model", self.model, *mode.options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
-            program += ["--max-tokens", self.max_tokens, "--max-seconds", self.seconds]
+            program = generation(self.model, mode.options, self.seconds, self.max_tokens)
         timeout_s = 2 * self.seconds + 2 * PATIENCE_S + 3 * cell["ranks"]
         return {"pace_ms": pace_ms, **run_in_lab(scenario, program, timeout_s, self.seed + cell["repeat"])}
 

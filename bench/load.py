@@ -1,0 +1,189 @@
+"""How long a start takes, phase by phase, and how fast groups are read: python -m bench.load [--json FILE] [--plot FILE.png]
+
+From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
+the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root). Then the ffn
+records are read one by one as a rank would: each a chunk of an HDF5 file, its checksum checked.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from bench.cells import run_locally
+from bench.figures import figure, require_matplotlib
+from bench.modes import Names, Numbers
+from bench.pagecache import drop, resident, warm
+from bench.results import ROOT, Results, run_benchmark
+from bench.rounds import failures, measure
+from bench.shapes import config_of
+from bench.tables import Table, number
+from halo_mpi.convert import write_model
+from halo_mpi.sources import open_source
+from halo_mpi.store.encoding import DTYPES
+from halo_mpi.store.reader import ModelStore
+
+SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+PHASES = ("python", "MPI", "import", "open", "load", "first token")
+CACHES = ("warm", "cold")
+COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
+TIMEOUT_S = 120.0
+
+
+def prepare(model: Path, cache: str) -> float:
+    """Bring the page cache into the state asked for; the share of the model that is in it."""
+    (warm if cache == "warm" else drop)(model)
+    return round(resident(model), 4)
+
+
+def run_start(cell: dict, model: Path) -> dict:
+    share = prepare(model, cell["cache"])
+    run = run_locally(cell["ranks"], ["bench.first_token", "--model", model], TIMEOUT_S)
+    run["resident"] = share
+    if run["status"] == "ok":
+        ends = [run["began"], *(run["report"]["ends_s"][phase] for phase in PHASES)]
+        run["phases_s"] = {phase: round(end - begin, 4) for phase, begin, end in zip(PHASES, ends, ends[1:])}
+        if cell["cache"] == "cold" and share > COLD_ENOUGH:
+            run |= {"status": "failed", "error": f"{share:.0%} of the model cannot be dropped from the page cache here"}
+    return run
+
+
+def run_reading(cell: dict, model: Path) -> dict:
+    """MB/s of all ffn records, each read for itself; with and without decoding to f32."""
+    share, began = prepare(model, cell["cache"]), time.perf_counter()
+    store = ModelStore(model)
+    layout, layers = store.layout("ffn"), config_of(model).layers
+    read_ms, decode_ms = [], []
+    for layer in range(layers):
+        for entry in sorted(store.entries("ffn")):
+            start = time.perf_counter()
+            record = store.read("ffn", layer, entry)
+            middle = time.perf_counter()
+            for name in layout.parts:
+                layout.unpack(record, name)
+            read_ms.append(round((middle - start) * 1e3, 4))
+            decode_ms.append(round((time.perf_counter() - middle) * 1e3, 4))
+    store.close()
+    samples = {"record_bytes": layout.nbytes, "read_ms": read_ms, "decode_ms": decode_ms, "resident": share}
+    cold = cell["cache"] == "warm" or share <= COLD_ENOUGH
+    error = None if cold else f"{share:.0%} of the model cannot be dropped from the page cache here"
+    return {"status": "ok" if cold else "failed", "error": error, "wall_s": time.perf_counter() - began, **samples}
+
+
+def speed_mb_s(run: dict, decoded: bool = False) -> float:
+    took_ms = sum(run["read_ms"]) + (sum(run["decode_ms"]) if decoded else 0)
+    return run["record_bytes"] * len(run["read_ms"]) / took_ms / 1e3
+
+
+def starts(content: dict) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for run in content["runs"]:
+        if run["what"] == "start":
+            found.setdefault((run["dtype"], run["cache"], run["ranks"]), []).append(run)
+    return found
+
+
+def medians(runs: list[dict]) -> dict[str, float]:
+    """Of each phase in seconds, and of the whole; empty if no run ended well."""
+    ended = [run["phases_s"] for run in runs if run["status"] == "ok"]
+    if not ended:
+        return {}
+    total = {"all": float(np.median([sum(phases.values()) for phases in ended]))}
+    return {phase: float(np.median([phases[phase] for phases in ended])) for phase in PHASES} | total
+
+
+def table(content: dict) -> Table:
+    columns = ["dtype", "cache", "ranks", "runs", *(f"{phase} s" for phase in PHASES), "all s", "least .. most"]
+    drawn = Table("From mpirun to the first token, medians of the phases (rank 0)", columns, texts=2)
+    for (dtype, cache, ranks), runs in starts(content).items():
+        typical = medians(runs)
+        totals = [sum(run["phases_s"].values()) for run in runs if run["status"] == "ok"]
+        spread = f"{min(totals):.2f} .. {max(totals):.2f}" if totals else "-"
+        times = [number(typical.get(phase), 2) for phase in (*PHASES, "all")]
+        drawn.rows.append([dtype, cache, str(ranks), str(len(runs)), *times, spread])
+    drawn.notes.append(
+        "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: read and decode the share"
+    )
+    for run in content["runs"]:
+        if run["what"] == "reading" and run["status"] == "ok":
+            drawn.notes.append(
+                f"reading {run['dtype']}, {run['cache']}, repeat {run['repeat'] + 1}: {len(run['read_ms'])} records of "
+                f"{run['record_bytes'] / 1e3:.0f} kB at {speed_mb_s(run):.0f} MB/s with checksum (p99 "
+                f"{np.percentile(run['read_ms'], 99):.2f} ms), {speed_mb_s(run, True):.0f} MB/s decoded to f32"
+            )
+    drawn.notes += failures(content, name_of)
+    return drawn
+
+
+def plot(content: dict, path: Path) -> None:
+    """A bar per start, a colour per phase."""
+    found = {key: medians(runs) for key, runs in starts(content).items()}
+    found = {key: phases for key, phases in found.items() if phases}
+    if not found:
+        return
+    with figure(path, 1, 7.0) as (panel,):
+        names = [f"{dtype}, {cache}, {ranks}" for dtype, cache, ranks in found]
+        left = np.zeros(len(found))
+        for phase in PHASES:
+            widths = np.array([phases[phase] for phases in found.values()])
+            panel.barh(names, widths, left=left, label=phase)
+            left += widths
+        panel.invert_yaxis()
+        panel.set(xlabel="seconds", ylabel="dtype, page cache, ranks")
+        panel.legend(fontsize="small")
+
+
+def name_of(cell: dict) -> str:
+    ranks = f", {cell['ranks']} ranks" if cell["what"] == "start" else ""
+    return f"{cell['what']} {cell['dtype']}, {cell['cache']}{ranks}, repeat {cell['repeat'] + 1}"
+
+
+def line_of(run: dict) -> str:
+    return f"{name_of(run)}: " + (
+        f"{speed_mb_s(run):.0f} MB/s" if "read_ms" in run else f"{sum(run.get('phases_s', {}).values()):.2f} s"
+    )
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    default=SOURCE,
+    help="GGUF file or folder to convert. [default: the demo model's]",
+)
+@click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+@click.option("--ranks", type=Numbers(int, 1, 64), default="1,2,4", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=15.0, show_default=True, help="Time budget of all.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
+@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
+    require_matplotlib(png)
+    with (
+        tempfile.TemporaryDirectory(prefix="halo-load-", dir=source.parent if source.exists() else None) as name,
+        open_source(source) as opened,
+    ):
+        models = {dtype: Path(name) / f"{dtype}.halo" for dtype in dtypes}
+        for dtype, model in models.items():
+            write_model(opened, model, dtype, 4)
+        results = Results("load", out, 0, model=opened.config.name, ranks=ranks, dtypes=dtypes, repeats=repeats)
+        groups = []
+        for repeat in range(repeats):
+            kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]
+            groups.append([{"what": "reading", **kind} for kind in kinds])
+            groups += [[{"what": "start", **kind, "ranks": n} for kind in kinds] for n in ranks]
+
+        def run(cell: dict) -> dict:
+            return (run_start if cell["what"] == "start" else run_reading)(cell, models[cell["dtype"]])
+
+        measure(groups, run, line_of, lambda cell: 4 + cell.get("ranks", 0), minutes, results)
+    table(results.content).print()
+    if png:
+        plot(results.content, png)
+    return 0 if any(run["status"] == "ok" for run in results.runs) else 1
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
