@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+MISSING = "figures need matplotlib: pip install halo-mpi[bench]"
+
 
 @contextmanager
 def figure(path: Path, panels: int = 1, width: float = 5.0):
@@ -15,7 +17,7 @@ def figure(path: Path, panels: int = 1, width: float = 5.0):
     try:
         import matplotlib
     except ImportError:
-        raise click.ClickException("figures need matplotlib: pip install halo-mpi[bench]") from None
+        raise click.ClickException(MISSING) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -36,4 +38,4 @@ def require_matplotlib(wanted: Path | None) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise click.ClickException("--plot needs matplotlib: pip install halo-mpi[bench]") from None
+            raise click.ClickException(MISSING) from None
