@@ -16,6 +16,7 @@ import numpy as np
 from mpi4py import MPI
 
 from halo_mpi.engine.report import git_revision
+from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.polling import Waiter, sharpen_timers
 from halo_mpi.wire.root_link import RootLink
@@ -39,18 +40,26 @@ def measure(comm: MPI.Comm, yield_s: float, syncs: int, work_ms: float) -> list[
     """Times of some syncs in ms, on the root."""
     x = np.ones((1, WIDTH), np.float32)
     if comm.rank:
-        link = WorkerLink(comm, 1, WIDTH, "f32", Waiter(yield_s))
-        for request in link.requests():
-            compute(work_ms)
-            link.answer(request, x)
+        link = WorkerLink(Mailbox(comm, [0], 1, WIDTH, "f32"), Waiter(yield_s))
+        while not link.stopped:
+            if request := link.next():
+                compute(work_ms)
+                link.answer(request, x)
+            else:
+                link.wait()
+        link.close()
         return []
-    link = RootLink(comm, 1, WIDTH, "f32", Waiter(yield_s))
+    workers = list(range(1, comm.size))
+    link = RootLink(Mailbox(comm, workers, 1, WIDTH, "f32"), workers, waiter=Waiter(yield_s))
     times = []
     for _ in range(syncs):
         begin = time.perf_counter()
-        seq = link.ask(Kind.FFN, 0, 0, x, link.workers)
+        link.ask(Kind.FFN, 0, 0, x, workers)
         compute(work_ms)
-        link.collect(seq, link.workers)
+        missing = len(workers)
+        while missing:
+            missing -= len(list(link.poll()))
+            link.waiter.wait()
         times.append((time.perf_counter() - begin) * 1e3)
     link.stop()
     return times

@@ -30,6 +30,10 @@ class Waiter:
         self._yield_s = yield_s
         self._since = time.perf_counter()
 
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+        return time.perf_counter()
+
     def heard(self) -> None:
         """Something came, or was sent and will be answered soon."""
         self._since = time.perf_counter()

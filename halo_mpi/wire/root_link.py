@@ -1,76 +1,157 @@
-"""The root's side of the star: one request to many workers, their answers collected in rank order."""
+"""The root's side of the star: requests to the workers, their answers as they come, kicks where they do not come."""
 
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
-from mpi4py import MPI
 
-from halo_mpi.wire.messages import Kind, ProtocolError
+from halo_mpi.wire.deadline import Deadline
+from halo_mpi.wire.mailbox import Mailbox
+from halo_mpi.wire.messages import PINGS, Kind, ProtocolError
 from halo_mpi.wire.polling import Waiter
-from halo_mpi.wire.ring import ReceiveRing, SendPool
 
-RING_DEPTH = 2  # one answer at a time is outstanding in strict mode; the second receive hides the restart
-PINGS = 8
+KICKS_BEFORE_BACKOFF = 4
+KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
+LONGEST_KICK_S = 0.064
+
+
+@dataclass(slots=True)
+class Peer:
+    """What the root knows of a worker. Times are the waiter's, in seconds."""
+
+    rank: int
+    deadline: Deadline
+    asked_seq: int = 0
+    answered_seq: int = 0
+    heard_at: float = 0.0
+    suspect: bool = False  # missed a deadline and was not heard since
+    kicks_in_flight: int = 0
+    kick_at: float = 0.0
+    rtt_ms: float = 0.0
+    asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A worker's partial sum y, f32 [rows, width]."""
+
+    rank: int
+    seq: int
+    y: np.ndarray
 
 
 class RootLink:
-    """Requests to the workers and their answers (strict: every answer is waited for).
+    """Requests to the workers and their answers.
 
-    `sent_bytes` and `received_bytes` count per worker; `rtt_ms` is the median of a few empty messages at the start,
-    which also makes MPI open its connections.
+    `kick_s`: while it waits the root sends a worker 16 bytes every so often; 0: never. TCP repairs a lost packet within
+    about a round trip if later ones arrive, and after a timeout of 200 ms (as Linux has it) if none do.
     """
 
-    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
-        self.ranks = comm.size
-        self.workers = list(range(1, comm.size))
-        self._wire = wire
-        self._seq = 0
-        self._ring = ReceiveRing(comm, self.workers, RING_DEPTH, rows, width)
-        self._pool = SendPool(comm, rows, width)
-        self._waiter = waiter or Waiter()
-        self.sent_bytes = {worker: 0 for worker in self.workers}
-        self.rtt_ms = {worker: self._ping(worker) for worker in self.workers}
+    def __init__(self, mailbox: Mailbox, workers: list[int], kick_s: float = 0.0, deadline_s: float | None = None,
+                 waiter: Waiter | None = None):  # fmt: skip
+        self._mailbox, self._kick_s = mailbox, kick_s
+        self.waiter = waiter or Waiter()
+        self.workers = workers
+        self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
+        self.seq = 0
+        for rank in workers:
+            self._ping(rank)
+
+    @property
+    def ranks(self) -> int:
+        return len(self.workers) + 1
+
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        return self._mailbox.sent_bytes
 
     @property
     def received_bytes(self) -> dict[int, int]:
-        return self._ring.received_bytes
+        return self._mailbox.received_bytes
 
-    def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int]) -> int:
+    def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
+            lag: int = 0) -> int:  # fmt: skip
         """Start sending x, f32 [rows, width], to the workers; returns the request's seq."""
-        self._seq += 1
-        message = self._pool.take()
-        data = message.write(self._seq, kind, layer, position, x, self._wire)
-        self._pool.send(message, data, workers)
-        for worker in workers:
-            self.sent_bytes[worker] += data.size
-        return self._seq
+        self.seq += 1
+        self._mailbox.post(workers, kind, self.seq, layer, position, x, epoch, lag)
+        now = self.waiter.now()
+        for rank in workers:
+            peer = self.peers[rank]
+            peer.asked_seq = self.seq
+            peer.asked_at[self.seq] = now
+            peer.kick_at = now + peer.deadline.usual_s + self._kick_s
+        self.waiter.heard()
+        return self.seq
 
-    def collect(self, seq: int, workers: list[int]) -> list[np.ndarray]:
-        """Wait for the answers to request `seq`; f32 [rows, width] each, in the order of `workers`, not of arrival."""
-        answers: dict[int, np.ndarray] = {}
-        self._waiter.heard()
-        while len(answers) < len(workers):
-            for worker, message in self._ring.poll():
-                if int(message.header["seq"]) != seq or worker in answers or worker not in workers:
+    def replay(self, rank: int, layer: int, position: int, x: np.ndarray, epoch: int) -> None:
+        """Start sending inputs of attention, f32 [rows, width], of which the worker needs only K and V."""
+        self.seq += 1
+        self._mailbox.post([rank], Kind.REPLAY, self.seq, layer, position, x, epoch, wire="f16")
+
+    def poll(self) -> Iterator[Answer]:
+        """The answers that have come, one worker's in the order of its requests."""
+        for rank, message in self._mailbox.poll():
+            peer, header = self.peers[rank], message.header
+            kind, seq = int(header["kind"]), int(header["seq"])
+            now = self.waiter.now()
+            peer.heard_at, peer.suspect = now, False
+            self.waiter.heard()
+            peer.answered_seq = max(peer.answered_seq, seq)
+            if kind == Kind.KICK:
+                peer.kicks_in_flight = max(0, peer.kicks_in_flight - 1)
+                self._forget(peer)
+            elif kind != Kind.TRAILER:
+                if seq not in peer.asked_at:
                     raise ProtocolError(
-                        f"rank {worker} answered request {message.header['seq']} while {seq} was asked; this is a defect, report it"
+                        f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
-                answers[worker] = message.read().copy()
-                self._waiter.heard()
-            if len(answers) < len(workers):
-                self._waiter.wait()
-        return [answers[worker] for worker in workers]
+                asked = peer.asked_at.pop(seq)
+                if header["rows"] == 1:
+                    peer.deadline.observe(now - asked)
+                self._forget(peer)
+                yield Answer(rank, seq, message.read().copy() if header["rows"] else np.empty((0, 0), np.float32))
+
+    def kick(self, rank: int) -> None:
+        """Send the worker a kick if one is due."""
+        peer, now = self.peers[rank], self.waiter.now()
+        if not self._kick_s or now < peer.kick_at or peer.kicks_in_flight >= KICKS_IN_FLIGHT:
+            return
+        self._mailbox.post([rank], Kind.KICK, self.seq)
+        peer.kicks_in_flight += 1
+        backoff = max(0, peer.kicks_in_flight - KICKS_BEFORE_BACKOFF)
+        peer.kick_at = now + min(self._kick_s * 2**backoff, max(LONGEST_KICK_S, self._kick_s))
+
+    def unanswered(self, rank: int) -> int:
+        """How many syncs ago the last request was asked that the worker has taken in, counted up to its last one."""
+        return self.peers[rank].asked_seq - self.peers[rank].answered_seq
+
+    def probe(self, rank: int) -> None:
+        """Send a kick whose answer will tell that the worker has taken in everything sent before."""
+        self._mailbox.post([rank], Kind.KICK, self.seq)
+        self.peers[rank].kicks_in_flight += 1
 
     def stop(self) -> None:
-        """Tell all workers to leave their request loop, and let go of MPI's requests."""
-        self.ask(Kind.STOP, 0, 0, None, self.workers)
-        self._pool.close()
-        self._ring.close()
+        """Tell all workers to leave their request loop; after their last messages, let go of MPI's requests."""
+        self._mailbox.post(self.workers, Kind.STOP, self.seq + 1)
+        at_work = set(self.workers)
+        while at_work:
+            at_work -= {rank for rank, message in self._mailbox.poll() if message.header["kind"] == Kind.STOP}
+            self.waiter.wait()
+        self._mailbox.close()
 
-    def _ping(self, worker: int) -> float:
+    def _forget(self, peer: Peer) -> None:
+        """Requests before the last answered one were skipped: their answers never come."""
+        while peer.asked_at and (oldest := next(iter(peer.asked_at))) <= peer.answered_seq:
+            del peer.asked_at[oldest]
+
+    def _ping(self, rank: int) -> None:
         times = []
         for _ in range(PINGS):
             begin = time.perf_counter()
-            self.collect(self.ask(Kind.PING, 0, 0, None, [worker]), [worker])
+            self.ask(Kind.PING, 0, 0, None, [rank])
+            while self.peers[rank].asked_at:
+                if not list(self.poll()):
+                    self.waiter.wait()
             times.append((time.perf_counter() - begin) * 1e3)
-        return round(float(np.median(times)), 3)
+        self.peers[rank].rtt_ms = round(float(np.median(times)), 3)

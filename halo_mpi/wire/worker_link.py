@@ -1,49 +1,95 @@
-"""A worker's side of the star: requests from rank 0 in order, one answer to each."""
+"""A worker's side of the star: requests from rank 0 in order, at most one answer to each."""
 
-from collections.abc import Iterator
+from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
-from mpi4py import MPI
 
 from halo_mpi.wire.exchange import ROOT
-from halo_mpi.wire.messages import Kind, Message
+from halo_mpi.wire.mailbox import Mailbox
+from halo_mpi.wire.messages import PINGS, Kind, Message
 from halo_mpi.wire.polling import Waiter
-from halo_mpi.wire.ring import ReceiveRing, SendPool
 
-RING_DEPTH = 4
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the root asks for: x, f32 [rows, width], of the tokens from `position` on."""
+
+    kind: int
+    seq: int
+    layer: int
+    position: int
+    epoch: int
+    x: np.ndarray
 
 
 class WorkerLink:
-    """Receives requests and sends the answers, in this run's wire format."""
+    """Takes in what has come, answers pings and kicks at once, and hands out the other requests one by one.
 
-    def __init__(self, comm: MPI.Comm, rows: int, width: int, wire: str, waiter: Waiter | None = None):
-        self._wire = wire
-        self._waiter = waiter or Waiter()
-        self._ring = ReceiveRing(comm, [ROOT], RING_DEPTH, rows, width)
-        self._pool = SendPool(comm, rows, width)
+    What came meanwhile tells which of the older ones are still of use.
+    """
 
-    def requests(self) -> Iterator[Message]:
-        """Every request in the order of seq, until the root says stop. Pings are answered here."""
-        waiter, stopped = self._waiter, False
-        while not stopped:
-            for _, request in self._ring.poll():
-                waiter.heard()
-                if request.header["kind"] == Kind.STOP:
-                    stopped = True
-                elif request.header["kind"] == Kind.PING:
-                    self.answer(request, None)
-                else:
-                    yield request
-            if not stopped:
-                waiter.wait()
-        self._pool.close()
-        self._ring.close()
+    def __init__(self, mailbox: Mailbox, waiter: Waiter | None = None):
+        self._mailbox, self._waiter = mailbox, waiter or Waiter()
+        self._queue: deque[Request] = deque()
+        self._oldest_useful = self._epoch = self._done = 0
+        self._stopped, self._pings = False, 0
 
-    def answer(self, request: Message, y: np.ndarray | None) -> None:
-        """Start sending y, f32 [rows, width], as the answer to `request`."""
-        header, message = request.header, self._pool.take()
-        data = message.write(
-            int(header["seq"]), Kind(header["kind"]), int(header["layer"]), int(header["position"]), y, self._wire
-        )
-        self._pool.send(message, data, [ROOT])
+    @property
+    def stopped(self) -> bool:
+        """The root said stop, and everything before it is done."""
+        return self._stopped and not self._queue
+
+    def greet(self) -> None:
+        """Answer the pings with which the root begins."""
+        while self._pings < PINGS:
+            self.next()
+            self._waiter.wait()
+
+    def next(self) -> Request | None:
+        """The oldest request that is not done yet; None if there is none now."""
+        for _, message in self._mailbox.poll():
+            self._waiter.heard()
+            self._take(message)
+        return self._queue.popleft() if self._queue else None
+
+    def is_current(self, request: Request) -> bool:
+        """Whether the request belongs to the text that is worked at."""
+        return request.epoch == self._epoch
+
+    def is_useful(self, request: Request) -> bool:
+        """Whether the root can still use the answer."""
+        return request.seq >= self._oldest_useful
+
+    def answer(self, request: Request, y: np.ndarray | None) -> None:
+        """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer."""
+        self._done = request.seq
+        if y is not None:
+            self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
+
+    def wait(self) -> None:
+        """Let others run for a moment."""
+        self._waiter.wait()
+
+    def close(self) -> None:
+        """Say the last word, and let go of MPI's requests."""
+        self._mailbox.post([ROOT], Kind.STOP, self._done)
+        self._mailbox.close()
+
+    def _take(self, message: Message) -> None:
+        header = message.header
+        kind, seq = int(header["kind"]), int(header["seq"])
+        if kind == Kind.STOP:
+            self._stopped = True
+        elif kind == Kind.PING:
+            self._mailbox.post([ROOT], Kind.PING, seq)
+            self._pings += 1
+        elif kind == Kind.KICK:
+            self._mailbox.post([ROOT], Kind.KICK, self._done)
+        elif kind != Kind.TRAILER:
+            self._epoch = int(header["epoch"])
+            self._oldest_useful = seq - int(header["lag"])
+            x = message.read()
+            x = x if x.base is None else x.copy()
+            self._queue.append(Request(kind, seq, int(header["layer"]), int(header["position"]), self._epoch, x))

@@ -1,0 +1,79 @@
+"""The TCP connections of the MPI library, tuned by the process that owns them: no root rights.
+
+Linux repairs a lost packet with nothing behind it only after a timeout of at least 200 ms, doubled each time. A round trip of
+1.1 kB at 2 % loss takes 9.05 ms on the average, and 0.62 ms with these options (see the design's measurements).
+"""
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+
+import psutil
+
+TCP_THIN_LINEAR_TIMEOUTS = 16  # do not double the timeout while few packets are in flight; Linux 2.6.34
+TCP_RTO_MAX_MS = 44  # Linux 6.15
+TCP_RTO_MIN_US = 45  # Linux 6.15
+OPTIONS = {
+    "thin_linear_timeouts": (TCP_THIN_LINEAR_TIMEOUTS, 1),
+    "rto_max": (TCP_RTO_MAX_MS, 1000),
+    "rto_min": (TCP_RTO_MIN_US, 5000),
+}
+NEW_OPTIONS = ("rto_max", "rto_min")  # what kernels before 6.15 refuse
+
+
+def own_addresses() -> list[str]:
+    """The IP addresses of this host, but for loopback."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    addresses = [a.address.partition("%")[0] for each in psutil.net_if_addrs().values() for a in each if a.family in families]
+    return sorted(address for address in addresses if not address.startswith("127.") and address != "::1")
+
+
+def tune_sockets(peers: set[str], old_kernel: bool = False) -> dict[str, bool]:
+    """Tune this process's TCP connections to the `peers` (IP addresses); which options were accepted, {} without connections.
+
+    MPI must have opened them before. `old_kernel`: leave out what kernels before 6.15 refuse, as if this one did.
+    """
+    accepted: dict[str, bool] = {}
+    for connection in _connections(peers):
+        with connection:
+            for name, (option, value) in OPTIONS.items():
+                accepted[name] = (
+                    accepted.get(name, True) and not (old_kernel and name in NEW_OPTIONS) and _set(connection, option, value)
+                )
+    return accepted
+
+
+def _set(connection: socket.socket, option: int, value: int) -> bool:
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    except OSError:
+        return False
+    return True
+
+
+def _connections(peers: set[str]) -> Iterator[socket.socket]:
+    """Duplicates of the connected TCP sockets among this process's file descriptors; none where there is no /proc."""
+    try:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        return
+    for descriptor in descriptors:
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            connection = socket.socket(fileno=os.dup(descriptor))
+        except OSError:
+            continue  # the descriptor of the listing itself
+        try:
+            is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM
+            if is_tcp and _plain(connection.getpeername()[0]) in peers:
+                yield connection
+                continue
+        except OSError:
+            pass  # listening, not connected
+        connection.close()
+
+
+def _plain(address: str) -> str:
+    return address.partition("%")[0].removeprefix("::ffff:")
