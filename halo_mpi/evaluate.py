@@ -57,7 +57,8 @@ def evaluate(
     ids = session.on_root(read)
     session.load(window)
     if not session.is_root:
-        session.finish(session.serve())
+        session.serve()
+        session.finish()
         return
     scores, likeliest, tpot_ms = [], [], []
     session.marks.begin()

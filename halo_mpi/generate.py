@@ -83,7 +83,8 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     texts, results = session.on_root(read) or ([], None)
     session.load(max((text.longest for text in texts), default=1))
     if not session.is_root:
-        session.finish(session.serve())
+        session.serve()
+        session.finish()
         return
     completions = []
     session.marks.begin()

@@ -51,7 +51,7 @@ def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, ex
     lines = [json.dumps({"id": number, "prompt": prompt}) for number, prompt in enumerate(PROMPTS)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     options = ("--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--max-tokens", TOKENS, "--ignore-eos")
-    succeed(halo(ranks, "generate", "--model", smollm2("f32"), *options, timeout=300))
+    succeed(halo(ranks, "generate", "--model", smollm2("f32"), "--wire", "f32", *options, timeout=300))
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [result["id"] for result in results] == list(range(len(PROMPTS)))
     for result, (ids, margins) in zip(results, expected):
@@ -74,7 +74,7 @@ def test_logits_of_the_first_32_positions(smollm2, reference, tokenizer, ranks, 
 def test_perplexity_is_that_of_transformers(smollm2, reference, tokenizer, ranks, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     options = ("--text", tmp_path / "text", "--tokens", 400, "--context", 256, "--logprobs", tmp_path / "scores.npy")
-    report = report_of(ranks, "evaluate", tmp_path, "--model", smollm2("f32"), *options, timeout=300)
+    report = report_of(ranks, "evaluate", tmp_path, "--model", smollm2("f32"), "--wire", "f32", *options, timeout=300)
     ids = tokenizer.encode(TEXT, special=False)[:400]
     assert len(ids) == 400
     assert report["perplexity"] == pytest.approx(reference.perplexity(ids, 256), rel=1e-3)

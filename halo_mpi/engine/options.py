@@ -3,13 +3,14 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import click
 
 from halo_mpi.wire.messages import WIRES
 
+MAX_LAG = 100  # below the requests that a worker may have unanswered
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -26,12 +27,28 @@ class Size(click.ParamType):
 
 
 @dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """How long the root waits for the workers, and what is done against waiting."""
+
+    mode: str
+    wire: str
+    late: str  # defer or drop
+    max_lag: int  # syncs
+    quality: float  # largest inexact share of a token's work
+    deadline_ms: float | None  # None: learned
+    kick_ms: float  # 0: never
+    trailer: bool
+    tune_sockets: bool
+    old_kernel: bool
+    check: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RunOptions:
     """How the ranks work together, whatever they compute. The root's values count on every rank, but for `model`."""
 
     model: Path
-    wire: str
-    sync: str
+    sync: SyncOptions
     placement: str
     memory: int | None  # bytes per rank, weights and KV cache
     threads: int | None
@@ -40,27 +57,60 @@ class RunOptions:
     verbose: bool
 
 
+class Deadline(click.ParamType):
+    """auto (None) or milliseconds."""
+
+    name = "auto|MS"
+
+    def convert(self, value, param, ctx):
+        if value is None or value == "auto":
+            return None
+        return click.FloatRange(0).convert(value, param, ctx)
+
+
+_OPTIONS = (
+    click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder made by `halo-mpi convert`."),
+    click.option("--wire", type=click.Choice(WIRES), default="f16", show_default=True,
+                 help="Numbers in messages: 4, 2 or 1 byte each; what fits one packet is lost less often."),
+    click.option("--sync", "mode", type=click.Choice(["strict", "relaxed"]), default="strict", show_default=True,
+                 help="strict: waits for every answer, and the network cannot change the text. relaxed: goes on past a late answer with "
+                      "an estimate, and corrects it when the answer comes."),
+    click.option("--late", type=click.Choice(["defer", "drop"]), default="defer", show_default=True,
+                 help="relaxed: what becomes of late answers. drop: they count as zero, in every layer, as in HALO (for comparison)."),
+    click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=4, show_default=True,
+                 help="relaxed: how many syncs may lack a late answer before the root waits for it."),
+    click.option("--quality", type=click.FloatRange(0, 1), default=0.3, show_default=True,
+                 help="relaxed: the largest share of a token's work that may be inexact."),
+    click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True,
+                 help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
+    click.option("--kick-ms", type=click.FloatRange(0), default=1.0, show_default=True,
+                 help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
+    click.option("--trailer/--no-trailer", default=True, show_default=True,
+                 help="Send 16 bytes right behind every message, for the same reason."),
+    click.option("--tune-sockets/--no-tune-sockets", default=True, show_default=True,
+                 help="Let TCP repair losses after 8 ms instead of 200, in this program's own connections (Linux 6.15; no root needed)."),
+    click.option("--old-kernel", is_flag=True, help="Tune as if the kernel were older than 6.15; for measurements."),
+    click.option("--check", is_flag=True, help="Recompute on the root what was added up, and stop if it is wrong."),
+    click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
+                 help="Who computes what. auto: even. FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
+    click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
+    click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
+                 help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
+    click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),
+    click.option("--samples", is_flag=True, help="With --json: also the time of every token and every sync."),
+    click.option("--verbose", is_flag=True, help="Show the workers' state while running, and a traceback if something fails."),
+)  # fmt: skip
+
+
 def run_options(command: Callable) -> Callable:
     """Add the options of RunOptions to a click command, which receives them as one argument `run`."""
 
     @functools.wraps(command)
-    def with_run(*arguments, model, wire, sync, placement, memory, threads, report, samples, verbose, **options):
-        run = RunOptions(model, wire, sync, placement, memory, threads, report, samples, verbose)
-        return command(*arguments, run=run, **options)
+    def with_run(*arguments, **options):
+        sync = SyncOptions(**{field.name: options.pop(field.name) for field in fields(SyncOptions)})
+        rest = {field.name: options.pop(field.name) for field in fields(RunOptions) if field.name != "sync"}
+        return command(*arguments, run=RunOptions(sync=sync, **rest), **options)
 
-    options = (
-        click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder made by `halo-mpi convert`."),
-        click.option("--wire", type=click.Choice(WIRES), default="f32", show_default=True, help="Numbers in messages; f16 halves them."),
-        click.option("--sync", type=click.Choice(["strict"]), default="strict", show_default=True, help="strict: waits for every answer."),
-        click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
-                     help="Who computes what. auto: even. FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
-        click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
-        click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
-                     help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
-        click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),
-        click.option("--samples", is_flag=True, help="With --json: also the time of every token and every sync."),
-        click.option("--verbose", is_flag=True, help="Show a traceback if something fails."),
-    )  # fmt: skip
-    for option in reversed(options):
+    for option in reversed(_OPTIONS):
         with_run = option(with_run)
     return with_run

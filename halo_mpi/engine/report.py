@@ -27,6 +27,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
                 ttft_ms: float | None, tpot_ms: list[float], perplexity: float | None = None) -> dict:  # fmt: skip
     """The report of a finished run. `tpot_ms`: one sample per token after the first."""
     run, meta, ledger = session.run, session.store.meta, session.root.ledger
+    sync, relaxed = run.sync, run.sync.mode == "relaxed"
     mean = float(np.mean(tpot_ms)) if tpot_ms else None
     report = {
         "schema": SCHEMA,
@@ -44,13 +45,14 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "kernel": "reference",
         "placement": session.plan.name,
         "sync": {
-            "mode": run.sync,
-            "wire": run.wire,
-            "max_lag": 0,
-            "quality": None,
-            "deadline_ms": None,
-            "kick_ms": None,
-            "tuned_sockets": False,
+            "mode": sync.mode,
+            "wire": sync.wire,
+            "max_lag": sync.max_lag if relaxed else 0,
+            "quality": sync.quality if relaxed else None,
+            "deadline_ms": ("auto" if sync.deadline_ms is None else sync.deadline_ms) if relaxed else None,
+            "kick_ms": sync.kick_ms,
+            "trailer": sync.trailer,
+            "tuned_sockets": session.tuned_sockets,
         },
         "prompt_tokens": prompt_tokens,
         "generated_tokens": len(token_ids),

@@ -1,32 +1,29 @@
-"""The root's token loop: one token is a chain of syncs, two per layer."""
+"""The root's token loop: one token is a chain of syncs, two per layer.
+
+Strict, every sync waits for all partial sums. Relaxed, the root goes on past a late one with an estimate in its place and adds
+the difference when it comes; what must be exact (prefill, the first and the last layer) waits all the same.
+"""
 
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from halo_mpi.engine.check import Check
+from halo_mpi.engine.crew import Crew
+from halo_mpi.engine.estimate import RunningMeans
+from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.marks import Marks
+from halo_mpi.engine.open_sums import OpenSums
+from halo_mpi.engine.options import SyncOptions
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.schedule.placement import Plan
-from halo_mpi.wire.messages import Kind
-from halo_mpi.wire.root_link import RootLink
+from halo_mpi.wire.messages import EPOCHS, Kind
+from halo_mpi.wire.root_link import Answer, RootLink
 
 PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
-
-
-@dataclass(slots=True)
-class Ledger:
-    """What became of the partial sums after prefill, and how long the syncs took. Strict: all are waited for."""
-
-    partial_sums: int = 0
-    sync_ms: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict:
-        counts = {"partial_sums": self.partial_sums, "on_time": self.partial_sums, "deferred": {}, "substituted": 0, "waited": 0}
-        return {**counts, "discarded_late": 0, "inexact_importance": 0.0}
 
 
 def even_shares(plan: Plan, rank: int, ranks: int) -> dict[Kind, list[float]]:
@@ -38,20 +35,28 @@ def even_shares(plan: Plan, rank: int, ranks: int) -> dict[Kind, list[float]]:
 class Root:
     """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
 
-    The text is one sequence; positions must be computed in order, beginning at 0 for a new text.
+    The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
     """
 
-    def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks):
+    def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks,
+                 sync: SyncOptions, context: int):  # fmt: skip
         self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
+        self._relaxed = sync.mode == "relaxed"
+        self._drops = self._relaxed and sync.late == "drop"
         self._even_shares = even_shares(plan, 0, link.ranks)
-        owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
-        self._workers = {kind: [sorted(set(owner.tolist()) - {0}) for owner in table] for kind, table in owners.items()}
         self.ledger = Ledger()
+        self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
+        self.crew = Crew(config, plan, link, self._relaxed, sync.quality, context)
+        self._means = RunningMeans(config.hidden) if self._relaxed else None
+        self._check = Check() if sync.check else None
+        self._corrections: list[np.ndarray] = []
+        self._epoch = 0
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them."""
+        self._marks.phase("prefill")
         for start in range(0, len(tokens), PREFILL_ROWS):
             x = self._forward(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x)
@@ -62,10 +67,21 @@ class Root:
 
     def _forward(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
         trunk = self._trunk
+        if position == 0:
+            self._epoch = (self._epoch + 1) % EPOCHS
+            self.crew.begin_text()
+        self.crew.welcome_back(position, self._epoch)
         x = trunk.embedding[tokens]  # [T, D]
+        if self._check:
+            self._check.begin(x)
         for layer in range(self._config.layers):
             x = self._sync(Kind.ATTENTION, layer, position, x, trunk.attention_norms, trunk.o_bias, decoding)
             x = self._sync(Kind.FFN, layer, position, x, trunk.ffn_norms, trunk.down_bias, decoding)
+        x = self._settle(x)
+        if decoding:
+            self._sums.end_token()
+        if self._check:
+            self._check.end(x, self.ledger)
         self.computed_tokens += len(tokens)
         return x
 
@@ -74,22 +90,136 @@ class Root:
         """One sync: the residual vectors x [T, D] plus the partial sums of all ranks, added in rank order."""
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
-        workers = self._workers[kind][layer]
-        seq = self._link.ask(kind, layer, position, normed.numpy(), workers) if workers else 0
+        self._sums.next_sync()
+        present, away = self.crew.split(kind, layer)
+        seq = self._ask(kind, layer, position, normed, present)
         if bias is not None:
-            x = x + bias[layer]
+            x = self._add(x, bias[layer])
         if self._even_shares[kind][layer]:
             start = time.perf_counter()
             own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
             self._marks.pace(start, self._even_shares[kind][layer])
             self.compute_s += time.perf_counter() - start
-            x = x + own
-        for answer in self._link.collect(seq, workers):
-            x = x + torch.from_numpy(answer)
+            x = self._add(x, own)
         if decoding:
-            self.ledger.partial_sums += len(workers)
+            for rank in present + away:
+                self.ledger.ask(rank)
+        answers = self._collect(seq, kind, layer, present, self._must_be_exact(layer, present, decoding), decoding)
+        for rank in sorted(present + away):
+            if rank in answers:
+                if self._means:
+                    self._means.observe((kind, layer, rank), answers[rank], kind == Kind.ATTENTION)
+                x = self._add(x, torch.from_numpy(answers[rank]))
+            else:
+                x = x + torch.from_numpy(self._stand_in(seq, kind, layer, rank))
+        x = self._correct(x)
+        if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
+
+    def _must_be_exact(self, layer: int, workers: list[int], decoding: bool) -> bool:
+        if not self._relaxed or not decoding or self.crew.is_overrun(workers):
+            return True
+        return layer in (0, self._config.layers - 1) and not self._drops
+
+    def _ask(self, kind: Kind, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> int:
+        link, seq = self._link, self._link.seq + 1
+        if workers:
+            link.ask(kind, layer, position, normed.numpy(), workers, self._epoch, seq - self._sums.oldest(seq))
+        if kind == Kind.ATTENTION:
+            self.crew.sent_attention(layer, position, normed, workers)
+        return seq
+
+    def _collect(
+        self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool, counting: bool
+    ) -> dict[int, np.ndarray]:
+        """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others."""
+        link, ledger, crew = self._link, self.ledger, self.crew
+        missing, late, answers = set(workers), set(), {}
+        own_done = link.waiter.now()
+        while True:
+            for answer in link.poll():
+                if answer.seq == seq:
+                    missing.discard(answer.rank)
+                    answers[answer.rank] = answer.y
+                    if counting and answer.rank in late:
+                        ledger.waited += 1
+                    elif counting:
+                        ledger.on_time += 1
+                else:
+                    self._take_late(answer)
+            overdue = self._sums.overdue()
+            if not missing and not overdue:
+                return answers
+            now = link.waiter.now()
+            for rank in missing | overdue:
+                if rank in missing - late and now > crew.deadline(rank, seq, own_done):
+                    late.add(rank)
+                    crew.suspect(rank)
+                    if counting:
+                        ledger.missed_deadline(rank)
+                link.kick(rank)
+            if not exact and missing <= late and not overdue and self._sums.affords(crew.share(kind, layer, missing)):
+                return answers
+            if counting:
+                missing -= self._leave_behind(missing | overdue, now)
+            link.waiter.wait()
+
+    def _leave_behind(self, ranks: set[int], now: float) -> set[int]:
+        """Those of the workers that were silent for so long that the root goes on without them for now."""
+        gone = {rank for rank in ranks if self.crew.leave(rank, now)}
+        for rank in gone:
+            for entry in self._sums.substitute_all(rank):
+                if self._check:
+                    self._check.add(entry.estimate)
+        return gone
+
+    def _stand_in(self, seq: int, kind: Kind, layer: int, rank: int) -> np.ndarray:
+        """The estimate, f32 [1, D], for a partial sum that is not there."""
+        estimate = self._means.estimate((kind, layer, rank)) * np.float32(not self._drops)
+        share = self.crew.share(kind, layer, {rank})
+        if self._drops or self.crew.is_away(rank):
+            self._sums.substitute(share)
+            if self._check:
+                self._check.add(estimate)
+        else:
+            self._sums.open(seq, rank, share, estimate)
+        return estimate[None]
+
+    def _take_late(self, answer: Answer) -> None:
+        """A partial sum of an earlier sync came: what it changes is added at the end of this one."""
+        correction = self._sums.arrived(answer.seq, answer.rank, answer.y)
+        if correction is not None:
+            self._corrections.append(correction)
+            if self._check:
+                self._check.add(answer.y[0])
+
+    def _correct(self, x: torch.Tensor) -> torch.Tensor:
+        for correction in self._corrections:
+            x = x + torch.from_numpy(correction)
+        self._corrections.clear()
+        return x
+
+    def _settle(self, x: torch.Tensor) -> torch.Tensor:
+        """Wait for everything that is open; what cannot come is final as estimated."""
+        link = self._link
+        if not self._sums:
+            return x
+        self._sums.next_sync()
+        while True:
+            for answer in link.poll():
+                self._take_late(answer)
+            if not self._sums:
+                return self._correct(x)
+            for rank in self._sums.ranks():
+                link.kick(rank)
+            self._leave_behind(self._sums.ranks(), link.waiter.now())
+            link.waiter.wait()
+
+    def _add(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+        if self._check:
+            self._check.add(term)
+        return x + term
 
     def _logits(self, x: torch.Tensor) -> np.ndarray:
         start = time.perf_counter()

@@ -10,6 +10,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,12 +20,12 @@ from mpi4py import MPI
 
 from halo_mpi.engine.agreement import require_equal, together
 from halo_mpi.engine.marks import Marks
-from halo_mpi.engine.options import RunOptions
+from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
-from halo_mpi.engine.worker import serve
+from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Share
+from halo_mpi.model.llama import Share, Trunk
 from halo_mpi.model.loading import load_layer, load_trunk, share_bytes, trunk_bytes
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.progress import progress
@@ -32,8 +33,10 @@ from halo_mpi.schedule.memory import Need, available_bytes, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
+from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
+from halo_mpi.wire.sockets import own_addresses, tune_sockets
 from halo_mpi.wire.worker_link import WorkerLink
 
 T = TypeVar("T")
@@ -81,15 +84,39 @@ class Session:
         self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
         self.load_s = time.perf_counter() - begin
         self.event("weights loaded")
-        link = RootLink if self.is_root else WorkerLink
-        self.link = link(self.comm, PREFILL_ROWS, self.config.hidden, self.run.wire)
-        self.root = Root(self.config, trunk, self.share, self.plan, self.link, self.marks) if self.is_root else None
+        self._connect(trunk)
 
-    def serve(self) -> float:
-        """A worker's part of the run, until the root says stop; the seconds that it computed."""
-        return serve(self.link, self.share, self.marks, even_shares(self.plan, self.comm.rank, self.comm.size))
+    def _connect(self, trunk: Trunk | None) -> None:
+        comm, sync = self.comm, self.run.sync
+        workers = list(range(1, comm.size))
+        mailbox = Mailbox(comm, workers if self.is_root else [ROOT], PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer)
+        self.root = self.worker = None
+        if self.is_root:
+            link = self.link = RootLink(
+                mailbox, workers, sync.kick_ms / 1e3, None if sync.deadline_ms is None else sync.deadline_ms / 1e3
+            )
+            self.root = Root(self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context)
+        else:
+            link = self.link = WorkerLink(mailbox)
+            self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
+            link.greet()
+        self.tuned_sockets = self._tune_sockets() if sync.tune_sockets else False
 
-    def finish(self, compute_s: float | None = None) -> list[dict]:
+    def _tune_sockets(self) -> bool | str:
+        """Tune the connections to the other hosts (collective). On the root, for the report: whether all took all options."""
+        addresses = broadcast(self.comm, gather(self.comm, own_addresses()))
+        peers = {address for each in addresses for address in each} - set(own_addresses())
+        accepted = gather(self.comm, tune_sockets(peers, self.run.sync.old_kernel))
+        refused = {option for rank in accepted for option, taken in rank.items() if not taken}
+        if refused and self.is_root:
+            self.event(f"the kernel refused to tune sockets: {', '.join(sorted(refused))}")
+        return "refused" if refused else any(accepted)
+
+    def serve(self) -> None:
+        """A worker's part of the run, until the root says stop."""
+        self.worker.run()
+
+    def finish(self) -> list[dict]:
         """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
         if self.is_root:
             self.link.stop()
@@ -100,7 +127,7 @@ class Session:
             "heads": sum(map(len, self.plan.query_heads(self.comm.rank))),
             "weights_bytes": self._weights_bytes,
             "rss_bytes": psutil.Process().memory_info().rss,
-            "compute_s": self.root.compute_s if self.is_root else compute_s,
+            "compute_s": (self.root or self.worker).compute_s,
             "paced": self.marks.current_pace(),
         }
         devices = gather(self.comm, mine)
@@ -118,18 +145,19 @@ class Session:
         return {
             **measured,
             "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3) if compute_s else None,
-            "rtt_ms": self.link.rtt_ms.get(rank, 0.0),
-            "late_rate": 0.0,
+            "rtt_ms": self.link.peers[rank].rtt_ms if rank != ROOT else 0.0,
+            "late_rate": round(self.root.ledger.late_rate(rank), 6),
             "sent_bytes": self.link.received_bytes.get(rank, sum(self.link.sent_bytes.values())),
             "received_bytes": self.link.sent_bytes.get(rank, sum(self.link.received_bytes.values())),
             "compute_ms": round(compute_s * 1e3 / tokens, 3),
-            "state": "ok",
+            "state": self.root.crew.state(rank),
         }
 
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
-        shared = {name: getattr(run, name) for name in ("wire", "sync", "placement", "memory", "threads", "verbose")}
-        return RunOptions(model=run.model, report=run.report, samples=run.samples, **broadcast(self.comm, shared))
+        sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
+        shared = broadcast(self.comm, {name: getattr(run, name) for name in ("placement", "memory", "threads", "verbose")})
+        return replace(run, sync=sync, **shared)
 
     def _count_ranks_on_host(self) -> int:
         hosts = broadcast(self.comm, gather(self.comm, self.machine))

@@ -81,6 +81,17 @@ class Share:
             mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
         return F.linear(mixed.transpose(0, 1).reshape(tokens, -1), weights.o)
 
+    def append(self, layer: int, x: torch.Tensor, position: int) -> None:
+        """Only append K and V of the normed input x [T, D] at `position`."""
+        weights, (keys, values) = self.layers[layer], self.kv[layer]
+        tokens, dim, end = len(x), self.config.head_dim, position + len(x)
+        kv_heads = len(weights.runs)
+        rows = slice(len(weights.qkv) - 2 * kv_heads * dim, None)
+        bias = None if weights.qkv_bias is None else weights.qkv_bias[rows]
+        kv = F.linear(x, weights.qkv[rows], bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
+        keys[:, position:end] = self._rotate(kv[:kv_heads], position)
+        values[:, position:end] = kv[kv_heads:]
+
     def ffn(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """Partial sum of the own FFN neurons, [T, D], for the normed input x [T, D]."""
         weights = self.layers[layer]

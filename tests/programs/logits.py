@@ -32,8 +32,9 @@ def logits(comm, run: RunOptions) -> None:
             np.savez(job["out"], steps=steps, prefill=session.root.prefill(job["ids"]))
             session.finish()
         else:
-            session.finish(session.serve())
+            session.serve()
+            session.finish()
 
 
 if __name__ == "__main__":
-    run_distributed(logits, ["--model", ".", *sys.argv[2:]])
+    run_distributed(logits, ["--model", ".", "--wire", "f32", *sys.argv[2:]])

@@ -1,0 +1,33 @@
+"""`--check`: recompute on the root what was added to the residual stream, and count again."""
+
+import numpy as np
+import torch
+
+from halo_mpi.engine.ledger import Ledger
+from halo_mpi.errors import HaloError
+
+TOLERANCE = 1e-4  # of the largest value; f32 sums in another order differ by far less
+
+
+class CheckError(HaloError):
+    """An invariant does not hold: a defect of this program."""
+
+
+class Check:
+    """Adds up in f64, each once, what the token should consist of: own shares, partial sums that came, estimates that are final."""
+
+    def begin(self, x: torch.Tensor) -> None:
+        self._sum = x.double().numpy().copy()
+
+    def add(self, term: torch.Tensor | np.ndarray) -> None:
+        self._sum += term.numpy() if isinstance(term, torch.Tensor) else term
+
+    def end(self, x: torch.Tensor, ledger: Ledger) -> None:
+        """Raises CheckError if x is not the sum, or if not every partial sum that was asked for is in one state."""
+        error = np.abs(x.numpy() - self._sum).max() / max(1.0, np.abs(self._sum).max())
+        if not error < TOLERANCE:
+            raise CheckError(f"the residual stream is off by {error:.2g} of its largest value; this is a defect, report it")
+        if ledger.partial_sums != ledger.asked:
+            raise CheckError(
+                f"{ledger.asked} partial sums were asked for and {ledger.partial_sums} are accounted for; this is a defect, report it"
+            )

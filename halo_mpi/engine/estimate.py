@@ -1,0 +1,36 @@
+"""What the root puts in for a partial sum that is late: a running mean of those that came."""
+
+import numpy as np
+
+MEMORY = 64  # answers that the mean looks back on
+ATTENTION_LAST = (
+    0.6  # how much of the last answer's distance from the mean to keep; for the FFN it would be harmful (design, section 5)
+)
+
+
+class RunningMeans:
+    """Means of the partial sums of every (kind, layer, worker), f32 [D] each; zero before the first."""
+
+    def __init__(self, width: int):
+        self._zero = np.zeros(width, np.float32)
+        self._means: dict[tuple, np.ndarray] = {}
+        self._counts: dict[tuple, int] = {}
+        self._last: dict[tuple, np.ndarray] = {}
+
+    def observe(self, key: tuple, y: np.ndarray, keep_last: bool) -> None:
+        """Partial sums y, f32 [T, D], came; `keep_last` where the last one helps to guess the next."""
+        count = min(self._counts.get(key, 0) + len(y), MEMORY)
+        new = y[0] if len(y) == 1 else y.mean(0)
+        mean = self._means.get(key)
+        if mean is None:
+            self._means[key] = new.copy()
+        else:
+            mean += (new - mean) * np.float32(min(1.0, len(y) / count))
+        self._counts[key] = count
+        if keep_last:
+            self._last[key] = y[-1]
+
+    def estimate(self, key: tuple) -> np.ndarray:
+        """The guess, f32 [D]."""
+        mean, last = self._means.get(key, self._zero), self._last.get(key)
+        return mean.copy() if last is None else mean + np.float32(ATTENTION_LAST) * (last - mean)

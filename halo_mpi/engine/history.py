@@ -1,0 +1,53 @@
+"""Inputs of attention, kept by the root, so that a worker that was cut off gets the K and V that it missed."""
+
+import numpy as np
+import torch
+
+from halo_mpi.wire.root_link import RootLink
+
+CHUNK_BYTES = (
+    32 * 2**10
+)  # below the size from which MPI waits for the receiver, so that replays keep their place among the requests
+PORTION_ROWS = 512  # per token: more would fill the link
+F16_MAX = 65504.0
+
+
+def history_bytes(layers: int, context: int, width: int) -> int:
+    return layers * context * width * 2
+
+
+class AttentionInputs:
+    """Normed inputs of every attention layer, f16 [layers, context, D], and which of them each worker was sent."""
+
+    def __init__(self, layers: int, context: int, width: int, workers: list[list[int]]):
+        """`workers`: those that hold heads, by layer."""
+        self._rows = torch.zeros(layers, context, width, dtype=torch.float16)
+        self._workers = workers
+        self._sent = {rank: np.zeros(layers, int) for rank in sorted(set().union(*workers))}  # rows, by layer
+        self._chunk = max(1, min(64, CHUNK_BYTES // (2 * width)))
+
+    def begin_text(self) -> None:
+        for sent in self._sent.values():
+            sent[:] = 0
+
+    def keep(self, layer: int, position: int, normed: torch.Tensor, sent_to: list[int]) -> None:
+        """normed f32 [T, D] was the layer's input, and these workers were sent it."""
+        end = position + len(normed)
+        self._rows[layer, position:end] = normed.clamp(-F16_MAX, F16_MAX)
+        for rank in sent_to:
+            self._sent[rank][layer] = end
+
+    def replay(self, link: RootLink, rank: int, position: int, epoch: int) -> bool:
+        """Send a worker some of the rows before `position` that it lacks; whether that were all."""
+        left = PORTION_ROWS
+        for layer, sent in enumerate(self._sent.get(rank, ())):
+            if rank not in self._workers[layer]:
+                continue
+            for start in range(int(sent), position, self._chunk):
+                if left <= 0:
+                    return False
+                end = min(position, start + self._chunk)
+                link.replay(rank, layer, start, self._rows[layer, start:end].float().numpy(), epoch)
+                self._sent[rank][layer] = end
+                left -= end - start
+        return True
