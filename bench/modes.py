@@ -22,13 +22,27 @@ class Mode:
     paced: bool = True
 
 
-STRICT = ("--sync", "strict")
+STOCK = ("--kick-ms", "0", "--no-trailer", "--no-tune-sockets")
+STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
+DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
+RELAXED = ("--sync", "relaxed")
 MODES = {
     "strict": Mode("(a) strict, stock kernel", STRICT),
     "strict-tuned": Mode("(b) strict, kernel tuned by root", STRICT, {"rto_min_ms": 5, "quickack": True}),
     "allreduce": Mode("(c) the syncs alone, by MPI_Allreduce", program="bench.allreduce", exact=False),
     "one": Mode("(d) one such device alone", STRICT, alone=True),
     "one-unpaced": Mode("(d) one rank at this machine's speed", STRICT, alone=True, paced=False),
+    "halo": Mode(
+        "(a') late ones dropped after 10 ms, stock sockets, as HALO was published",
+        (*RELAXED, "--wire", "f32", *DROP, *STOCK),
+        exact=False,
+    ),
+    "repair-f32": Mode("strict, losses repaired, f32", ("--sync", "strict", "--wire", "f32")),
+    "relaxed-f32": Mode("relaxed, f32", (*RELAXED, "--wire", "f32"), exact=False),
+    "repair": Mode("strict, losses repaired", ("--sync", "strict")),
+    "repair-q8": Mode("strict, losses repaired, q8", ("--sync", "strict", "--wire", "q8")),
+    "relaxed": Mode("relaxed", RELAXED, exact=False),
+    "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, "--old-kernel"), exact=False),
 }
 ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
 
