@@ -32,6 +32,8 @@ def run_benchmark(command: click.Command) -> None:
         code, message = 2, str(error)
     except HaloError as error:
         code, message = error.exit_code, str(error)
+    except OSError as error:
+        code, message = 1, str(error)
     else:
         sys.exit(code)
     click.echo(f"bench: {message}", err=True)

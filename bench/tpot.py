@@ -19,6 +19,7 @@ from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
 
+SPARE_TOKENS = 8  # of the context, for the prompt
 PATIENCE_S = 30.0  # beyond the box, for the token that is under way
 START_S = (2.0, 1.0)  # to start, load and end: 4 s on 4 ranks, 8 s on 8, on 2 quiet cores; and so much per rank
 
@@ -207,6 +208,7 @@ def main(model, modes, losses, ranks, repeats, seconds, pace_ms, max_tokens, min
     require_matplotlib(png)
     require_lab()
     config = config_of(model)
+    max_tokens = min(max_tokens, config.context - SPARE_TOKENS)
     settings = {"model": config.name, "layers": config.layers, "modes": modes, "losses": losses, "ranks": ranks, "repeats": repeats,
                 "seconds": seconds, "pace_ms": pace_ms, "max_tokens": max_tokens, "minutes": minutes}  # fmt: skip
     results = Results("tpot", out, seed, **settings)
