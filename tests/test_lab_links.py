@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from math import sqrt
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import numpy as np
 import pytest
@@ -149,9 +149,10 @@ def test_jitter_spreads_the_delays_evenly_as_wide_as_the_scenario_says(can, back
     can(backend, delay_ms=20.0, jitter_ms=5.0)
     with lossy_lab(backend, link, link) as lab:
         times_ms = one_way_ms(lab, 200, gap_s=0.011)  # further apart than they jitter: none waits for another
-    assert 15 <= min(times_ms) <= 16 and 24 <= np.quantile(times_ms, 0.95) <= 26
-    assert 19 <= mean(times_ms) <= 22
-    assert abs(stdev(times_ms) - 10 / sqrt(12)) <= 0.5, "ONE_IN_A_MILLION * 10 / sqrt(12) * sqrt(0.8 / 4 / 200) = 0.45"
+    assert 15 <= min(times_ms) <= 16
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):  # not the spread: a busy machine delays a few packets by much
+        spread_ms = ONE_IN_A_MILLION * 10 * sqrt(share * (1 - share) / len(times_ms))
+        assert abs(np.quantile(times_ms, share) - (15 + 10 * share)) <= spread_ms + 0.5
 
 
 def test_the_longer_delay_of_two_hosts_counts_once(can):
