@@ -19,16 +19,12 @@ CREDIT = 128  # requests without an answer
 
 
 class Crew:
-    """`quality`: the largest share of the work that may be done without."""
-
-    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, quality: float, context: int):
-        self._link, self._relaxed, self._quality = link, relaxed, quality
+    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int):
+        self._link = link
         owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._shares = {kind: [_shares(row, link.ranks) for row in table] for kind, table in owners.items()}
         self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
-        self._of_all = np.mean(
-            [_shares(table, link.ranks) for table in owners.values()], axis=0
-        )  # of each rank, in the whole work
+        self._largest = np.max([row for table in self._shares.values() for row in table], axis=0)  # of each rank, in any sync
         self._left_at: dict[int, float] = {}
         self._history = None
         if relaxed:
@@ -37,9 +33,6 @@ class Crew:
     def split(self, kind: Kind, layer: int) -> tuple[list[int], list[int]]:
         """The workers that have a part in this sync: those that are asked, and those that are away."""
         workers = self._workers[kind][layer]
-        for rank in workers:
-            if self.is_overrun([rank]) and self._may_leave(rank):
-                self._leave(rank)
         if not self._left_at:
             return workers, []
         return [rank for rank in workers if rank not in self._left_at], [rank for rank in workers if rank in self._left_at]
@@ -56,9 +49,17 @@ class Crew:
     def suspect(self, rank: int) -> None:
         self._link.peers[rank].suspect = True
 
-    def is_overrun(self, ranks: list[int]) -> bool:
-        """Whether one of the workers has as many requests before it as it may have."""
-        return any(self._link.unanswered(rank) >= CREDIT for rank in ranks)
+    def overrun(self, workers: list[int]) -> set[int]:
+        """Those of the workers that have as many requests before them as they may have."""
+        return {rank for rank in workers if self._link.unanswered(rank) >= CREDIT}
+
+    def silent(self, workers: set[int], now: float) -> set[int]:
+        """Those of the workers that said nothing for so long that the root should do without them."""
+        return {rank for rank in workers if now - self._waiting_since(rank, now) > OUTAGE_S}
+
+    def away_share(self, *more: int) -> float:
+        """The largest part of a sync's work that belongs to workers that are away, and to these."""
+        return float(self._largest[[*self._left_at, *more]].sum())
 
     def is_away(self, rank: int) -> bool:
         return rank in self._left_at
@@ -67,21 +68,14 @@ class Crew:
         """As the report has it."""
         return "suspended" if rank in self._left_at else "ok"
 
-    def leave(self, rank: int, now: float) -> bool:
-        """Do without a worker that was silent for long, if that is allowed; whether it is away now."""
-        peer = self._link.peers[rank]
-        since = max(peer.heard_at, next(iter(peer.asked_at.values()), now))
-        if now - since < OUTAGE_S or not self._may_leave(rank):
-            return False
-        self._leave(rank)
-        return True
-
-    def _may_leave(self, rank: int) -> bool:
-        return self._relaxed and rank not in self._left_at and self._of_all[[rank, *self._left_at]].sum() <= self._quality
-
-    def _leave(self, rank: int) -> None:
+    def leave(self, rank: int) -> None:
+        """Do without the worker from now on."""
         self._left_at[rank] = self._link.waiter.now()
         self._link.probe(rank)
+
+    def _waiting_since(self, rank: int, now: float) -> float:
+        peer = self._link.peers[rank]
+        return max(peer.heard_at, next(iter(peer.asked_at.values()), now))
 
     def begin_text(self) -> None:
         """A new text: nobody lacks anything of it."""

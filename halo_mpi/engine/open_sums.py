@@ -33,6 +33,7 @@ class OpenSums:
         self._max_lag, self._budget, self._ledger, self._syncs = max_lag, quality * syncs, ledger, syncs
         self._open: dict[tuple[int, int], OpenSum] = {}
         self._inexact = 0.0  # shares of syncs, summed over the token
+        self._syncs_left = 0  # of the token, the present one included
 
     def __len__(self) -> int:
         return len(self._open)
@@ -49,9 +50,9 @@ class OpenSums:
         """Workers for whom the next sync has to wait: it would be more than `max_lag` that lack something of theirs."""
         return {entry.rank for entry in self._open.values() if entry.missed >= self._max_lag}
 
-    def affords(self, share: float) -> bool:
-        """Whether this share of a sync may be inexact as well."""
-        return self._max_lag > 0 and self._inexact + share <= self._budget
+    def affords(self, share: float, away: float) -> bool:
+        """Whether this share of the present sync may be inexact too, while `away` of this and every later one will be."""
+        return self._max_lag > 0 and self._inexact + share + away * self._syncs_left <= self._budget
 
     def open(self, seq: int, rank: int, share: float, estimate: np.ndarray) -> None:
         """The estimate goes in for now."""
@@ -71,8 +72,12 @@ class OpenSums:
             self._ledger.substituted += 1
         return final
 
+    def begin_token(self) -> None:
+        self._inexact, self._syncs_left = 0.0, self._syncs + 1
+
     def next_sync(self) -> None:
         """A sync's input was made, without what is open."""
+        self._syncs_left -= 1
         for entry in self._open.values():
             entry.missed += 1
 
@@ -89,4 +94,3 @@ class OpenSums:
         """Everything is settled."""
         assert not self._open
         self._ledger.inexact.append(self._inexact / self._syncs)
-        self._inexact = 0.0

@@ -46,7 +46,7 @@ class Root:
         self._even_shares = even_shares(plan, 0, link.ranks)
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        self.crew = Crew(config, plan, link, self._relaxed, sync.quality, context)
+        self.crew = Crew(config, plan, link, self._relaxed, context)
         self._means = RunningMeans(config.hidden) if self._relaxed else None
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
@@ -71,6 +71,7 @@ class Root:
             self._epoch = (self._epoch + 1) % EPOCHS
             self.crew.begin_text()
         self.crew.welcome_back(position, self._epoch)
+        self._sums.begin_token()
         x = trunk.embedding[tokens]  # [T, D]
         if self._check:
             self._check.begin(x)
@@ -92,6 +93,8 @@ class Root:
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
         self._sums.next_sync()
         present, away = self.crew.split(kind, layer)
+        if self._relaxed and self._leave_behind(self.crew.overrun(present)):
+            present, away = self.crew.split(kind, layer)
         seq = self._ask(kind, layer, position, normed, present)
         if bias is not None:
             x = self._add(x, bias[layer])
@@ -118,7 +121,7 @@ class Root:
         return x
 
     def _must_be_exact(self, layer: int, workers: list[int], decoding: bool) -> bool:
-        if not self._relaxed or not decoding or self.crew.is_overrun(workers):
+        if not self._relaxed or not decoding or self.crew.overrun(workers):
             return True
         return layer in (0, self._config.layers - 1) and not self._drops
 
@@ -159,16 +162,20 @@ class Root:
                     if counting:
                         ledger.missed_deadline(rank)
                 link.kick(rank)
-            if not exact and missing <= late and not overdue and self._sums.affords(crew.share(kind, layer, missing)):
+            if not exact and missing <= late and not overdue and self._sums.affords(crew.share(kind, layer, missing), crew.away_share()):
                 return answers
             if counting:
-                missing -= self._leave_behind(missing | overdue, now)
+                missing -= self._leave_behind(crew.silent(missing | overdue, now))
             link.waiter.wait()
 
-    def _leave_behind(self, ranks: set[int], now: float) -> set[int]:
-        """Those of the workers that were silent for so long that the root goes on without them for now."""
-        gone = {rank for rank in ranks if self.crew.leave(rank, now)}
-        for rank in gone:
+    def _leave_behind(self, ranks: set[int]) -> set[int]:
+        """Do without these workers, as far as the run's quality allows it; those that are away now."""
+        gone = set()
+        for rank in ranks:
+            if not self._relaxed or not self._sums.affords(0.0, self.crew.away_share(rank)):
+                continue
+            gone.add(rank)
+            self.crew.leave(rank)
             for entry in self._sums.substitute_all(rank):
                 if self._check:
                     self._check.add(entry.estimate)
@@ -213,7 +220,7 @@ class Root:
                 return self._correct(x)
             for rank in self._sums.ranks():
                 link.kick(rank)
-            self._leave_behind(self._sums.ranks(), link.waiter.now())
+            self._leave_behind(self.crew.silent(self._sums.ranks(), link.waiter.now()))
             link.waiter.wait()
 
     def _add(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ def complete(session: Session, prompt: list[int], sampling: Sampling, write: Cal
              max_seconds: float | None = None) -> Completion:  # fmt: skip
     """Continue `prompt` (token ids) on the root; every piece of text that may be shown goes to `write` at once.
 
-    After `max_seconds` since the first token no further one is begun. The end-of-text token is no part of the result. With `ignore_eos` it is banned, so that `max_tokens` are generated.
+    After `max_seconds` since the first token no further one is begun. The end-of-text token is no part of the
+    result. With `ignore_eos` it is banned, so that `max_tokens` are generated.
     """
     root, tokenizer, result = session.root, session.tokenizer, Completion()
     stream = TextStream(tokenizer, sampling.stop)

@@ -1,0 +1,156 @@
+"""The root and its workers in one process, on a simulated wire with a clock of its own: any delay, no MPI.
+
+Messages between two ranks keep their order, as TCP keeps it; everything else may happen.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from halo_mpi.engine.marks import Marks
+from halo_mpi.engine.options import SyncOptions
+from halo_mpi.engine.root import Root, even_shares
+from halo_mpi.engine.worker import Worker
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.llama import Share
+from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.schedule.placement import make_plan
+from halo_mpi.store.reader import ModelStore
+from halo_mpi.wire.messages import Kind, Message
+from halo_mpi.wire.root_link import RootLink
+from halo_mpi.wire.worker_link import WorkerLink
+
+TICK_S = 2e-4
+STRICT = SyncOptions(mode="strict", wire="f32", late="defer", max_lag=4, quality=0.3, deadline_ms=1.0, kick_ms=1.0, trailer=False,
+                     tune_sockets=False, old_kernel=False, check=True)  # fmt: skip
+
+
+class Clock:
+    """Stands in for a Waiter: waiting moves the time and gives everybody a turn."""
+
+    def __init__(self):
+        self.time_s = 0.0
+        self.turns = []
+
+    def now(self) -> float:
+        return self.time_s
+
+    def heard(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        self.time_s += TICK_S
+        for turn in self.turns:
+            turn()
+
+
+class Box:
+    """Stands in for a Mailbox. `delays`: seconds that each message takes, one after the other, for ever."""
+
+    def __init__(self, clock: Clock, width: int, rows: int, delays: list[float]):
+        self._clock, self._shape, self._delays = clock, (rows, width), itertools.cycle(delays)
+        self.peers: dict[int, Box] = {}  # set by whoever connects them
+        self.rank = 0
+        self._arriving: dict[int, deque] = {}
+        self.most_waiting = 0
+
+    def post(self, peers, kind, seq, layer=0, position=0, x=None, epoch=0, lag=0, wire=None) -> None:
+        for peer in peers:
+            message = Message(*self._shape)
+            message.write(seq, kind, layer, position, x, wire or "f32", epoch, lag)
+            quick = kind in (Kind.PING, Kind.STOP)
+            self.peers[peer].deliver(self.rank, message, 0.0 if quick else next(self._delays))
+
+    def deliver(self, sender: int, message: Message, delay_s: float) -> None:
+        line = self._arriving.setdefault(sender, deque())
+        after = line[-1][0] if line else 0.0
+        line.append((max(after, self._clock.now() + delay_s), message))
+        self.most_waiting = max(self.most_waiting, len(line))
+
+    def poll(self) -> Iterator[tuple[int, Message]]:
+        for sender, line in self._arriving.items():
+            while line and line[0][0] <= self._clock.now():
+                yield sender, line.popleft()[1]
+
+    def close(self) -> None:
+        pass
+
+
+class Simulation:
+    """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds."""
+
+    def __init__(self, model: Path, ranks: int, sync: SyncOptions, delays: list[list[float]], stalls: list[list[float]], context: int):
+        store = ModelStore(model)
+        config = self.config = ModelConfig.from_dict(store.meta["config"])
+        disks = [{table: set(store.entries(table)) for table in ("query", "ffn")}] * ranks
+        plan = make_plan(config, "even", disks)
+        self.clock = Clock()
+        boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)]
+        self.shares = [self._share(store, plan, rank, context) for rank in range(ranks)]
+        self.workers = {}
+        for rank in range(1, ranks):
+            boxes[rank].rank, boxes[rank].peers = rank, {0: boxes[0]}
+            outward = Box(self.clock, config.hidden, 64, delays[rank][::-1])
+            outward.peers = {rank: boxes[rank]}
+            boxes[0].peers[rank] = _Direction(outward, rank)
+            link = WorkerLink(boxes[rank], self.clock)
+            self.workers[rank] = Worker(link, self.shares[rank], Marks(None, rank), even_shares(plan, rank, ranks))
+            self.clock.turns.append(_turns(self.clock, self.workers[rank], link, itertools.cycle(stalls[rank])))
+        workers = list(range(1, ranks))
+        link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
+        self.boxes = boxes
+        self.root = Root(config, load_trunk(store, config), self.shares[0], plan, link, Marks(None, 0), sync, context)
+        store.close()
+
+    def _share(self, store, plan, rank, context) -> Share:
+        heads, groups = plan.query_heads(rank), plan.groups(rank)
+        layers = [load_layer(store, self.config, layer, heads[layer], groups[layer]) for layer in range(self.config.layers)]
+        return Share(self.config, layers, context)
+
+    def text(self, ids: list[int], prefill: int) -> np.ndarray:
+        """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""
+        first = [self.root.prefill(ids[:prefill])] if prefill else []
+        return np.stack(first + [self.root.step(token, position) for position, token in enumerate(ids) if position >= prefill])
+
+    def settle(self, seconds: float = 1.0) -> None:
+        """Let everything arrive that is under way, and be done."""
+        for _ in range(int(seconds / TICK_S)):
+            self.clock.wait()
+            for _ in self.root._link.poll():
+                pass
+
+
+class _Direction:
+    """The way from the root to one worker."""
+
+    def __init__(self, box: Box, rank: int):
+        self._box, self._rank = box, rank
+
+    def post(self, *message, **fields) -> None:
+        self._box.post([self._rank], *message, **fields)
+
+
+class _RootBox:
+    """The root's mailbox: a way of its own to every worker."""
+
+    def __init__(self, box: Box):
+        self._box = box
+        self.poll, self.close = box.poll, box.close
+
+    def post(self, peers, *message, **fields) -> None:
+        for peer in peers:
+            self._box.peers[peer].post(*message, **fields)
+
+
+def _turns(clock: Clock, worker: Worker, link: WorkerLink, stalls: Iterator[float]):
+    busy_until = 0.0
+
+    def turn() -> None:
+        nonlocal busy_until
+        while clock.now() >= busy_until and not link.stopped and worker.turn():
+            busy_until = clock.now() + next(stalls)
+
+    return turn

@@ -1,0 +1,146 @@
+"""The protocol on a simulated wire: late, very late, out of step, cut off, at any point; the invariants hold."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from halo_mpi.engine.check import CheckError
+from halo_mpi.engine.crew import CREDIT
+from halo_mpi.model.llama import Share
+from tests.conftest import converted
+from tests.simulator import STRICT, Simulation
+from tests.tiny_models import TINY, write_tiny_hf
+
+pytestmark = pytest.mark.timeout(300)
+RANKS, CONTEXT = 4, 24
+IDS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 10)]
+RELAXED = replace(STRICT, mode="relaxed", quality=1.0)
+QUICK = [[1e-4]] * RANKS
+NO_STALL = [[0.0]] * RANKS
+delays = st.lists(st.sampled_from([0.0, 1e-4, 5e-4, 2e-3, 9e-3, 0.05, 0.4]), min_size=1, max_size=40)
+slow_links = st.lists(delays, min_size=RANKS, max_size=RANKS)
+stalls = st.lists(st.lists(st.sampled_from([0.0, 1e-4, 1e-3, 6e-3]), min_size=1, max_size=20), min_size=RANKS, max_size=RANKS)
+modes = st.builds(
+    lambda lag, quality, late, deadline: replace(RELAXED, max_lag=lag, quality=quality, late=late, deadline_ms=deadline),
+    st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
+)  # fmt: skip
+examples = settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """A tiny model with layers between the first and the last, which are always exact."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_tiny_hf(folder / "source", replace(TINY, layers=5))
+    return converted(folder / "source", folder / "deep.halo", "f32", shards=1)
+
+
+@pytest.fixture(scope="module")
+def expected(deep) -> np.ndarray:
+    """Logits on a perfect wire."""
+    torch.set_grad_enabled(False)
+    return Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
+
+
+def caches_are_complete(simulation: Simulation, rows: int) -> None:
+    """Every K and V of the workers' heads is what the attention inputs that the root kept give, in place."""
+    for rank in simulation.workers:
+        if simulation.root.crew.is_away(rank):
+            continue
+        share = simulation.shares[rank]
+        again = Share(share.config, share.layers, CONTEXT)
+        for layer in range(share.config.layers):
+            again.append(layer, simulation.root.crew._history._rows[layer, :rows].float(), 0)
+            for had, wanted in zip(share.kv[layer], again.kv[layer]):
+                error = (had[:, :rows] - wanted[:, :rows]).abs().max()
+                assert error < 0.02 * wanted.abs().max(), (rank, layer)  # the kept inputs are f16
+
+
+@examples
+@given(slow_links, stalls)
+def test_strict_is_the_same_whatever_the_wire_does(deep, expected, delays, stalls):
+    simulation = Simulation(deep, RANKS, STRICT, delays, stalls, CONTEXT)
+    assert np.array_equal(simulation.text(IDS, 0), expected)
+    ledger = simulation.root.ledger
+    assert ledger.on_time + ledger.waited == ledger.asked and not ledger.deferred
+
+
+@examples
+@given(slow_links, stalls, modes, st.integers(0, 3))
+def test_relaxed_accounts_for_every_partial_sum_and_loses_no_kv(deep, expected, delays, stalls, mode, prefill):
+    simulation = Simulation(deep, RANKS, mode, delays, stalls, CONTEXT)  # mode.check: sums are recomputed at each token
+    for ids in (IDS, IDS[::-1]):  # the second text begins while answers of the first are under way
+        logits = simulation.text(ids, prefill)
+        assert np.isfinite(logits).all()
+    ledger = simulation.root.ledger
+    assert ledger.partial_sums == ledger.asked
+    assert all(1 <= lag <= max(1, mode.max_lag) for lag in ledger.deferred)
+    assert not (mode.late == "drop" or mode.max_lag == 0) or not ledger.deferred
+    assert max(ledger.inexact, default=0.0) <= mode.quality + 1e-9 or mode.late == "drop"
+    simulation.settle()
+    caches_are_complete(simulation, len(IDS))
+    if ledger.on_time + ledger.waited == ledger.asked and not prefill and mode.max_lag:
+        assert np.array_equal(simulation.text(IDS, 0), expected) or simulation.root.ledger.deferred
+
+
+@examples
+@given(st.integers(1, 6), st.sampled_from([0.0, 0.3, 1.0]))
+def test_with_nothing_late_relaxed_equals_strict_bit_for_bit(deep, expected, lag, quality):
+    mode = replace(RELAXED, max_lag=lag, quality=quality, deadline_ms=50.0)
+    simulation = Simulation(deep, RANKS, mode, QUICK, NO_STALL, CONTEXT)
+    assert np.array_equal(simulation.text(IDS, 0), expected)
+    assert simulation.root.ledger.on_time == simulation.root.ledger.asked
+
+
+def test_late_partial_sum_is_added_once(deep, expected):
+    slow = [[1e-4], [1e-4], [3e-3], [1e-4]]  # always later than the deadline, always there for the next sync
+    simulation = Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT)
+    logits = simulation.text(IDS, 0)
+    ledger = simulation.root.ledger
+    assert ledger.deferred and not ledger.substituted and not ledger.discarded_late
+    assert 0 < np.abs(logits - expected).max() < 0.5 * np.abs(expected).max()
+
+
+def test_a_worker_that_was_cut_off_gets_what_it_missed(deep):
+    cut = [[1e-4]] * 3 + [[1e-4] * 30 + [2.0] + [1e-4] * 400]
+    simulation = Simulation(deep, RANKS, RELAXED, cut, NO_STALL, CONTEXT)
+    simulation.text(IDS, 0)
+    assert simulation.root.crew.state(3) == "suspended" and simulation.root.ledger.substituted
+    for _ in range(int(3.0 / 2e-4)):
+        simulation.clock.wait()
+    list(simulation.root._link.poll())
+    simulation.root.step(7, len(IDS))
+    assert simulation.root.crew.state(3) == "ok"
+    simulation.settle()
+    caches_are_complete(simulation, len(IDS) + 1)
+
+
+def test_too_little_quality_waits_for_a_worker_that_is_cut_off(deep, expected):
+    cut = [[1e-4]] * 3 + [[1e-4] * 30 + [2.0] + [1e-4] * 400]
+    simulation = Simulation(deep, RANKS, replace(RELAXED, quality=0.2), cut, NO_STALL, CONTEXT)
+    simulation.text(IDS, 0)
+    assert simulation.clock.now() > 2.0 and not simulation.root.ledger.substituted
+    assert simulation.root.crew.state(3) == "ok"
+
+
+def test_an_outage_piles_nothing_up(deep):
+    cut = [[1e-4]] * 3 + [[1e-4] * 30 + [1e6]]
+    simulation = Simulation(deep, RANKS, replace(RELAXED, late="drop"), cut, NO_STALL, 512)
+    for position in range(200):
+        simulation.root.step(7, position)
+    assert simulation.boxes[3].most_waiting <= 2 * CREDIT
+
+
+def test_the_check_finds_what_was_added_twice(deep, monkeypatch):
+    from halo_mpi.engine.root import Root
+
+    take = Root._take_late
+    monkeypatch.setattr(Root, "_take_late", lambda self, answer: (take(self, answer), self._corrections.extend(self._corrections[-1:])))
+    slow = [[1e-4], [1e-4], [3e-3], [1e-4]]
+    with pytest.raises(CheckError, match="residual"):
+        Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT).text(IDS, 0)
