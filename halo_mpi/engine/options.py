@@ -77,7 +77,7 @@ _OPTIONS = (
                       "an estimate, and corrects it when the answer comes."),
     click.option("--late", type=click.Choice(["defer", "drop"]), default="defer", show_default=True,
                  help="relaxed: what becomes of late answers. drop: they count as zero, in every layer, as in HALO (for comparison)."),
-    click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=4, show_default=True,
+    click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True,
                  help="relaxed: how many syncs may lack a late answer before the root waits for it."),
     click.option("--quality", type=click.FloatRange(0, 1), default=0.3, show_default=True,
                  help="relaxed: the largest share of a token's work that may be inexact."),

@@ -56,7 +56,6 @@ class Root:
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them."""
-        self._marks.phase("prefill")
         for start in range(0, len(tokens), PREFILL_ROWS):
             x = self._forward(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x)

@@ -19,6 +19,7 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import require_equal, together
+from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
@@ -167,6 +168,8 @@ class Session:
         heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
         weights, cache = share_bytes(self.config, heads, groups, self.context)
         weights += trunk_bytes(self.config) if self.is_root else 0
+        if self.is_root and self.run.sync.mode == "relaxed":
+            cache += history_bytes(self.config.layers, self.context, self.config.hidden)
         mine = Need(
             self.comm.rank,
             self.host,
