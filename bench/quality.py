@@ -7,6 +7,7 @@ Python's own language reference, from pydoc_data, unless --text is given.
 
 import pydoc_data.topics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -38,11 +39,21 @@ def run_cell(cell: dict, model: Path, text: Path, ranks: int, tokens: int, conte
              seed: int) -> dict:  # fmt: skip
     mode = MODES[cell["mode"]]
     scenario = {"hosts": ranks, "loss": cell["loss"] / 100, "pace_ms": pace_ms, **mode.scenario}
+    program = scoring(model, mode.options, text, tokens, context)
+    return scored(program, lambda command: run_in_lab(scenario, command, timeout_s, seed))
+
+
+def scoring(model: Path, options: tuple[str, ...], text: Path, tokens: int, context: int) -> list:
+    """`evaluate` of the first tokens of a text."""
+    program = ["halo_mpi.evaluate", "--model", model, *options, "--text", text, "--tokens", tokens]
+    return [*program, "--context", context, "--samples"]
+
+
+def scored(program: list, start: Callable[[list], dict]) -> dict:
+    """What became of a program of `scoring`, with `logprobs` and `top1` of every scored token."""
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
         files = {"logprobs": Path(name) / "logprobs.npy", "top1": Path(name) / "top1.npy"}
-        program = ["halo_mpi.evaluate", "--model", model, *mode.options, "--text", text, "--tokens", tokens]
-        program += ["--context", context, "--samples", "--logprobs", files["logprobs"], "--top1", files["top1"]]
-        run = run_in_lab(scenario, program, timeout_s, seed)
+        run = start([*program, "--logprobs", files["logprobs"], "--top1", files["top1"]])
         for key, path in files.items():
             run[key] = np.load(path).astype(float).round(5).tolist() if path.exists() else None
     return run

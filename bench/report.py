@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bench import load, quality, scaling, tpot
+from bench import load, quality, scaling, scenes, stress, tpot, tradeoff
 from bench.figures import figure, require_matplotlib
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
@@ -67,6 +67,9 @@ def run_table(content: dict) -> Table:
 KINDS = {
     "tpot": Kind("Time per output token", tpot.table, tpot.plot),
     "quality": Kind("Quality under loss", quality.table, quality.plot),
+    "tradeoff": Kind("Time against quality", tradeoff.table, tradeoff.plot),
+    "scenes": Kind("Scenarios", scenes.table),
+    "stress": Kind("Stress", stress.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
     "load": Kind("Start-up and loading", load.table, load.plot),
     "dtypes": Kind("Storage dtypes", dtypes_table, dtypes_plot),
