@@ -62,16 +62,17 @@ def evaluate(
         return
     scores, likeliest, tpot_ms = [], [], []
     session.marks.begin()
-    for index in progress(range(len(ids)), len(ids), "evaluating"):
-        position = index % window
-        if index + 1 == len(ids) or position + 1 == window:
-            continue  # nothing is predicted from the last token of a window
-        begin = time.perf_counter()
-        logits = session.root.step(ids[index], position)
-        tpot_ms.append((time.perf_counter() - begin) * 1e3)
-        session.marks.token()
-        scores.append(_log_probability(logits, ids[index + 1]))
-        likeliest.append(int(logits.argmax()))
+    with session.monitor:
+        for index in progress(range(len(ids)), len(ids), "evaluating", shown=not run.verbose):
+            position = index % window
+            if index + 1 == len(ids) or position + 1 == window:
+                continue  # nothing is predicted from the last token of a window
+            begin = time.perf_counter()
+            logits = session.root.step(ids[index], position)
+            tpot_ms.append((time.perf_counter() - begin) * 1e3)
+            session.token_done()
+            scores.append(_log_probability(logits, ids[index + 1]))
+            likeliest.append(int(logits.argmax()))
     session.marks.end()
     perplexity = float(np.exp(-np.mean(scores)))
     devices = session.finish()

@@ -87,16 +87,17 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         session.finish()
         return
     completions = []
+    show = _hide if results else session.monitor.above(_show)
     session.marks.begin()
-    for text in texts:
-        completion = complete(session, text.tokens, text.sampling, _show if results is None else _hide, max_seconds)
-        completions.append(completion)
-        if results:
-            mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
-            fields = ("text", "token_ids", "finish_reason", "ttft_ms")
-            results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
-    if not results:
-        _show("\n")
+    with session.monitor:
+        for text in texts:
+            completion = complete(session, text.tokens, text.sampling, show, max_seconds)
+            completions.append(completion)
+            if results:
+                mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
+                fields = ("text", "token_ids", "finish_reason", "ttft_ms")
+                results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
+        show("\n")
     session.marks.end()
     devices = session.finish()
     token_ids = [token for completion in completions for token in completion.token_ids]

@@ -5,6 +5,8 @@ present --> suspect    missed a deadline and was not heard since; any message cl
 away    --> present    heard again, and sent every attention input that it missed
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -19,8 +21,9 @@ CREDIT = 128  # requests without an answer
 
 
 class Crew:
-    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int):
-        self._link = link
+    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int,
+                 note: Callable[[str], None]):  # fmt: skip
+        self._link, self._note = link, note
         owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._shares = {kind: [_shares(row, link.ranks) for row in table] for kind, table in owners.items()}
         self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
@@ -68,10 +71,15 @@ class Crew:
         """As the report has it."""
         return "suspended" if rank in self._left_at else "ok"
 
+    def state_now(self, rank: int) -> str:
+        """The same, and "suspect" for a worker that missed a deadline and was not heard since."""
+        return "suspect" if self._link.peers[rank].suspect and rank not in self._left_at else self.state(rank)
+
     def leave(self, rank: int) -> None:
         """Do without the worker from now on."""
         self._left_at[rank] = self._link.waiter.now()
         self._link.probe(rank)
+        self._note(f"rank {rank} is silent: going on without it")
 
     def _waiting_since(self, rank: int, now: float) -> float:
         peer = self._link.peers[rank]
@@ -95,6 +103,7 @@ class Crew:
                 continue
             if self._history.replay(self._link, rank, position, epoch):
                 del self._left_at[rank]
+                self._note(f"rank {rank} is back, with all that it missed")
             else:
                 self._link.probe(rank)
 

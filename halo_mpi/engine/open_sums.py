@@ -59,17 +59,17 @@ class OpenSums:
         self._inexact += share
         self._open[seq, rank] = OpenSum(seq, rank, estimate)
 
-    def substitute(self, share: float) -> None:
+    def substitute(self, rank: int, share: float) -> None:
         """An estimate goes in for good."""
         self._inexact += share
-        self._ledger.substituted += 1
+        self._ledger.substitute(rank)
 
     def substitute_all(self, rank: int) -> list[OpenSum]:
         """What is open of this worker will not be corrected any more; returns it."""
         final = [entry for entry in self._open.values() if entry.rank == rank]
         for entry in final:
             del self._open[entry.seq, entry.rank]
-            self._ledger.substituted += 1
+            self._ledger.substitute(rank)
         return final
 
     def begin_token(self) -> None:
@@ -87,7 +87,7 @@ class OpenSums:
         if entry is None:
             self._ledger.discarded_late += 1
             return None
-        self._ledger.correct(entry.missed)
+        self._ledger.correct(rank, entry.missed)
         return y - entry.estimate
 
     def end_token(self) -> None:

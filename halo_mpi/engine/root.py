@@ -5,6 +5,7 @@ the difference when it comes; what must be exact (prefill, the first and the las
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -36,17 +37,18 @@ class Root:
     """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
+    `note` is told when a worker is left behind or comes back.
     """
 
     def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks,
-                 sync: SyncOptions, context: int):  # fmt: skip
+                 sync: SyncOptions, context: int, note: Callable[[str], None]):  # fmt: skip
         self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
         self._even_shares = even_shares(plan, 0, link.ranks)
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        self.crew = Crew(config, plan, link, self._relaxed, context)
+        self.crew = Crew(config, plan, link, self._relaxed, context, note)
         self._means = RunningMeans(config.hidden) if self._relaxed else None
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
@@ -185,7 +187,7 @@ class Root:
         estimate = self._means.estimate((kind, layer, rank)) * np.float32(not self._drops)
         share = self.crew.share(kind, layer, {rank})
         if self._drops or self.crew.is_away(rank):
-            self._sums.substitute(share)
+            self._sums.substitute(rank, share)
             if self._check:
                 self._check.add(estimate)
         else:

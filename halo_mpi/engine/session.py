@@ -21,6 +21,7 @@ from mpi4py import MPI
 from halo_mpi.engine.agreement import require_equal, together
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.marks import Marks
+from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
 from halo_mpi.engine.worker import Worker
@@ -56,7 +57,9 @@ class Session:
         torch.set_grad_enabled(False)
         sharpen_timers()
         self.run = self._with_roots_options(run)
-        self.ranks_on_host = self._count_ranks_on_host()
+        machines = broadcast(comm, gather(comm, self.machine))
+        self.hosts = [machine.partition(" ")[0] for machine in machines]
+        self.ranks_on_host = machines.count(self.machine)
         torch.set_num_threads(self.run.threads or max(1, _cores() // self.ranks_on_host))
         self.store = self._together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.digest, "copy one conversion to all hosts")
@@ -96,7 +99,8 @@ class Session:
             link = self.link = RootLink(
                 mailbox, workers, sync.kick_ms / 1e3, None if sync.deadline_ms is None else sync.deadline_ms / 1e3
             )
-            self.root = Root(self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context)
+            self.root = Root(self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context, self.event)
+            self.monitor = Monitor(self.hosts, link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
             link = self.link = WorkerLink(mailbox)
             self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
@@ -116,6 +120,11 @@ class Session:
     def serve(self) -> None:
         """A worker's part of the run, until the root says stop."""
         self.worker.run()
+
+    def token_done(self) -> None:
+        """The root has generated or scored one more token."""
+        self.marks.token()
+        self.monitor.token()
 
     def finish(self) -> list[dict]:
         """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
@@ -159,10 +168,6 @@ class Session:
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
         shared = broadcast(self.comm, {name: getattr(run, name) for name in ("placement", "memory", "threads", "verbose")})
         return replace(run, sync=sync, **shared)
-
-    def _count_ranks_on_host(self) -> int:
-        hosts = broadcast(self.comm, gather(self.comm, self.machine))
-        return hosts.count(self.machine)
 
     def _check_memory(self) -> None:
         heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)

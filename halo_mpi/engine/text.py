@@ -46,8 +46,8 @@ def complete(session: Session, prompt: list[int], sampling: Sampling, write: Cal
             result.finish_reason = "stop"
             break
         result.token_ids.append(token)
-        session.marks.token()
         write(stream.push(token))
+        session.token_done()
         if stream.stopped:
             result.finish_reason = "stop"
             break
