@@ -1,8 +1,5 @@
-"""`--verbose`: how the workers are doing, on the root's standard error; a table that stays below the text on a terminal,
-elsewhere (mpirun's pipes) a new one now and then.
-
-Drawn at the ends of tokens, by nobody but the token loop: it shows what was, and stands still while the root waits.
-"""
+"""`--verbose`: how the workers are doing, drawn between tokens on the root's standard error. On a terminal that is one table
+below the text, elsewhere (mpirun's pipes) a new one now and then."""
 
 import os
 import sys
@@ -10,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from rich.cells import chop_cells
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -61,26 +59,21 @@ class Monitor:
         return self._write if shares else show
 
     def _write(self, text: str) -> None:
-        *lines, last = Text(self._line + text).wrap(self._console, self._console.width)
-        for line in lines:
-            self._console.print(line)
-        self._line = last.plain
+        width, lines = self._console.width, (self._line + text).split("\n")
+        *done, self._line = [row for line in lines for row in chop_cells(line, width) or [""]]
+        for row in done:
+            self._console.print(Text(row))
 
     def _draw(self) -> None:
-        ends, inexact = self._ends, self._ledger.inexact
-        speed = (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
-        parts = [self._table()] if self._peers else []
-        parts.append(Text(f"{speed:.2f} tokens/s, {100 * sum(inexact) / max(1, len(inexact)):.1f} % of the work inexact"))
-        if self._live:
-            self._live.update(Group(*([Text(self._line)] if self._line else []), *parts), refresh=True)
-        else:
-            self._console.print("", *parts, sep="\n")
-
-    def _table(self) -> Table:
-        ledger = self._ledger
         table = Table("rank", "host", "state", "usual ms", "late", "deferred", "substituted", box=None, pad_edge=False)
         for rank, peer in self._peers.items():
-            usual = f"{peer.deadline.usual_s * 1e3:.2f}" if peer.deadline.usual_s else "-"
-            counts = (f"{ledger.late_rate(rank):.1%}", str(ledger.deferred_of[rank]), str(ledger.substituted_of[rank]))
-            table.add_row(str(rank), self._hosts[rank], self._crew.state_now(rank), usual, *counts)
-        return table
+            usual, late = f"{peer.deadline.usual_s * 1e3:.2f}", f"{self._ledger.late_rate(rank):.1%}"
+            counts = (str(of[rank]) for of in (self._ledger.deferred_of, self._ledger.substituted_of))
+            table.add_row(str(rank), self._hosts[rank], self._crew.state_now(rank), usual, late, *counts)
+        ends, inexact = self._ends, self._ledger.inexact
+        speed = (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
+        summary = Text(f"{speed:.2f} tokens/s, {sum(inexact) / max(1, len(inexact)):.1%} of the work inexact")
+        if self._live:
+            self._live.update(Group(Text(self._line), table, summary), refresh=True)
+        else:
+            self._console.print(Group("", table, summary))
