@@ -101,8 +101,8 @@ class Simulation:
             self.clock.turns.append(_turns(self.clock, self.workers[rank], link, itertools.cycle(stalls[rank])))
         workers = list(range(1, ranks))
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
-        self.boxes = boxes
-        self.root = Root(config, load_trunk(store, config), self.shares[0], plan, link, Marks(None, 0), sync, context)
+        self.boxes, self.notes = boxes, []
+        self.root = Root(config, load_trunk(store, config), self.shares[0], plan, link, Marks(None, 0), sync, context, self.notes.append)
         store.close()
 
     def _share(self, store, plan, rank, context) -> Share:

@@ -115,7 +115,7 @@ def test_a_worker_that_was_cut_off_gets_what_it_missed(deep):
         simulation.clock.wait()
     list(simulation.root._link.poll())
     simulation.root.step(7, len(IDS))
-    assert simulation.root.crew.state(3) == "ok"
+    assert simulation.root.crew.state(3) == "ok" and len(simulation.notes) == 2 and "is back" in simulation.notes[1]
     simulation.settle()
     caches_are_complete(simulation, len(IDS) + 1)
 
