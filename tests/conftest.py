@@ -49,6 +49,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep(tmp_path_factory) -> Path:
+    """A tiny model with layers between the first and the last, which are always exact."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_tiny_hf(folder / "source", replace(TINY, layers=5))
+    return converted(folder / "source", folder / "deep.halo", "f32", shards=1)
+
+
+@pytest.fixture(scope="session")
 def can():
     """Skips what this machine has no means for."""
     known: dict[str, str | None] = {}

@@ -1,7 +1,6 @@
 """The protocol on a simulated wire: late, very late, out of step, cut off, at any point; the invariants hold."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.engine.check import CheckError
 from halo_mpi.engine.crew import CREDIT
 from halo_mpi.model.llama import Share
-from tests.conftest import converted
 from tests.simulator import STRICT, Simulation
-from tests.tiny_models import TINY, write_tiny_hf
 
 pytestmark = pytest.mark.timeout(300)
 RANKS, CONTEXT = 4, 24
@@ -30,14 +27,6 @@ modes = st.builds(
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
 examples = settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory) -> Path:
-    """A tiny model with layers between the first and the last, which are always exact."""
-    folder = tmp_path_factory.mktemp("deep")
-    write_tiny_hf(folder / "source", replace(TINY, layers=5))
-    return converted(folder / "source", folder / "deep.halo", "f32", shards=1)
 
 
 @pytest.fixture(scope="module")
