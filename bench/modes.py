@@ -26,6 +26,7 @@ STOCK = ("--kick-ms", "0", "--no-trailer", "--no-tune-sockets")
 STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
 DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
 RELAXED = ("--sync", "relaxed")
+OLD = ("--old-kernel", "--outage-ms", "30")
 MODES = {
     "strict": Mode("(a) strict, stock kernel", STRICT),
     "strict-tuned": Mode("(b) strict, kernel tuned by root", STRICT, {"rto_min_ms": 5, "quickack": True}),
@@ -42,7 +43,8 @@ MODES = {
     "repair": Mode("strict, losses repaired", ("--sync", "strict")),
     "repair-q8": Mode("strict, losses repaired, q8", ("--sync", "strict", "--wire", "q8")),
     "relaxed": Mode("relaxed", RELAXED, exact=False),
-    "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, "--old-kernel"), exact=False),
+    "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, *OLD, "--quality", "0.6"), exact=False),
+    "repair-old": Mode("strict, losses repaired, kernel before 6.15", ("--sync", "strict", "--old-kernel")),
 }
 ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
 

@@ -24,11 +24,9 @@ from bench.tpot import Box
 
 EXACT = ("strict", "strict-tuned", "repair-f32", "repair")
 WIRES = ("f16", "q8")
-CURVE = (("auto", 2, 0.3), ("auto", 8, 0.3), ("1", 8, 0.6), ("0.3", 16, 1))  # deadline in ms, max lag, quality
-LONG_CURVE = (("auto", 2, 0.3), ("auto", 8, 0.3), ("auto", 32, 0.3), ("1", 8, 0.6))
-OTHERS = ("relaxed-f32", "relaxed-old", "halo")
+CURVE = (("auto", 2, 0.3), ("auto", 8, 0.3), ("1", 8, 0.6))  # deadline in ms, max lag, quality
+OTHERS = {"relaxed-f32": 300, "relaxed-old": 300, "repair-old": 100, "halo": 150}  # at the long loss; tokens
 EXACT_TOKENS = 400  # at most, in a time box
-HALO_TOKENS = 150  # it is slow and, without importance, far off
 TIMEOUT_S = 900.0
 
 
@@ -40,8 +38,8 @@ def cells(losses: tuple[float, ...], ranks: int, tokens: int, long_loss: float, 
     for loss in sorted(losses, key=lambda loss: loss != long_loss):
         of_loss = {"loss": loss, "ranks": ranks}
         exact = [{"mode": mode, **of_loss, "tokens": 0, "repeat": 0} for mode in EXACT if loss or mode != "strict-tuned"]
-        others = [{"mode": mode, **of_loss, "tokens": HALO_TOKENS if mode == "halo" else tokens} for mode in OTHERS if loss]
-        curve = LONG_CURVE if loss == long_loss else CURVE if loss else CURVE[1:2]
+        others = [{"mode": mode, **of_loss, "tokens": OTHERS[mode]} for mode in OTHERS if loss == long_loss]
+        curve = CURVE if loss else CURVE[1:2]
         count = long_tokens if loss == long_loss else tokens
         points = [
             {"mode": "relaxed", **of_loss, "deadline": d, "max_lag": lag, "quality": q, "tokens": count} for d, lag, q in curve
@@ -185,11 +183,11 @@ def plot(content: dict, path: Path) -> None:
 @model_options
 @click.option("--losses", type=Numbers(float, 0, 99), default="0,1,2,5,10", show_default=True, help="Per cent of the packets.")
 @click.option("--ranks", type=click.IntRange(2, 64), default=4, show_default=True)
-@click.option("--tokens", type=click.IntRange(2), default=400, show_default=True, help="Tokens of text in a relaxed run.")
+@click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a relaxed run.")
 @click.option("--long-loss", type=float, default=5.0, show_default=True, help="The loss whose relaxed runs are long.")
 @click.option("--long-tokens", type=click.IntRange(2), default=2050, show_default=True, help="Their tokens.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Time box of a strict run.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=8.0, show_default=True, help="Time box of a strict run.")
 @click.option("--pace-ms", type=click.FloatRange(0), default=0.7, show_default=True, help="Least time of a device per sync.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Time budget of all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")

@@ -1,8 +1,10 @@
 """The workers as the root sees them: who has which part, who is late, who is cut off, and how they come back.
 
-present --> suspect    missed a deadline and was not heard since; any message clears it
-        --> away       silent for `OUTAGE_S`, and the run's quality allows to do without it
-away    --> present    heard again, and sent every attention input that it missed
+present  --> suspect     missed a deadline and was not heard since; any message clears it
+         --> behind      silent for `outage_s`, and the run's quality allows to do without it: still asked, not waited for;
+                         any message makes it present
+behind   --> away        has as many requests before it as it may have (`CREDIT`): not asked any more
+away     --> present     heard again, and sent every attention input that it missed
 """
 
 from collections.abc import Callable
@@ -16,29 +18,27 @@ from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
 
-OUTAGE_S = 0.3
 CREDIT = 128  # requests without an answer
 
 
 class Crew:
-    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int,
+    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int, outage_s: float,
                  note: Callable[[str], None]):  # fmt: skip
-        self._link, self._note = link, note
+        self._link, self._outage_s, self._note = link, outage_s, note
         owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._shares = {kind: [_shares(row, link.ranks) for row in table] for kind, table in owners.items()}
         self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
         self._largest = np.max([row for table in self._shares.values() for row in table], axis=0)  # of each rank, in any sync
-        self._left_at: dict[int, float] = {}
+        self._left_at: dict[int, float] = {}  # behind or away
+        self._away: set[int] = set()
         self._history = None
         if relaxed:
             self._history = AttentionInputs(config.layers, context, config.hidden, self._workers[Kind.ATTENTION])
 
-    def split(self, kind: Kind, layer: int) -> tuple[list[int], list[int]]:
-        """The workers that have a part in this sync: those that are asked, and those that are away."""
+    def asked(self, kind: Kind, layer: int) -> tuple[list[int], list[int]]:
+        """The workers that have a part in this sync, and those of them that are asked to do it."""
         workers = self._workers[kind][layer]
-        if not self._left_at:
-            return workers, []
-        return [rank for rank in workers if rank not in self._left_at], [rank for rank in workers if rank in self._left_at]
+        return workers, [rank for rank in workers if rank not in self._away] if self._away else workers
 
     def share(self, kind: Kind, layer: int, ranks: set[int]) -> float:
         """The workers' part of a sync's work."""
@@ -58,13 +58,14 @@ class Crew:
 
     def silent(self, workers: set[int], now: float) -> set[int]:
         """Those of the workers that said nothing for so long that the root should do without them."""
-        return {rank for rank in workers if now - self._waiting_since(rank, now) > OUTAGE_S}
+        return {rank for rank in workers if now - self._waiting_since(rank, now) > self._outage_s}
 
-    def away_share(self, *more: int) -> float:
-        """The largest part of a sync's work that belongs to workers that are away, and to these."""
-        return float(self._largest[[*self._left_at, *more]].sum())
+    def share_done_without(self, *more: int) -> float:
+        """The largest part of a sync's work that belongs to workers that are behind or away, and to these."""
+        return float(self._largest[list({*self._left_at, *more})].sum())
 
-    def is_away(self, rank: int) -> bool:
+    def does_without(self, rank: int) -> bool:
+        """Whether the worker is behind or away."""
         return rank in self._left_at
 
     def state(self, rank: int) -> str:
@@ -76,10 +77,15 @@ class Crew:
         return "suspect" if self._link.peers[rank].suspect and rank not in self._left_at else self.state(rank)
 
     def leave(self, rank: int) -> None:
-        """Do without the worker from now on."""
+        """Wait for the worker no more."""
         self._left_at[rank] = self._link.waiter.now()
+
+    def stop_asking(self, rank: int) -> None:
+        """The worker is away, until it has taken in all that it was sent."""
+        self._left_at.setdefault(rank, self._link.waiter.now())
+        self._away.add(rank)
         self._link.probe(rank)
-        self._note(f"rank {rank} is silent: going on without it")
+        self._note(f"rank {rank} is cut off: going on without it")
 
     def _waiting_since(self, rank: int, now: float) -> float:
         peer = self._link.peers[rank]
@@ -88,6 +94,7 @@ class Crew:
     def begin_text(self) -> None:
         """A new text: nobody lacks anything of it."""
         self._left_at.clear()
+        self._away.clear()
         if self._history:
             self._history.begin_text()
 
@@ -95,17 +102,21 @@ class Crew:
         if self._history:
             self._history.keep(layer, position, normed, workers)
 
-    def welcome_back(self, position: int, epoch: int) -> None:
-        """Before a token: who was away and is heard again gets what it missed, and is present once that is all."""
+    def welcome_back(self, position: int, layer: int, epoch: int) -> None:
+        """Before the attention of a layer: who is heard again is present, after it was sent what it missed."""
         for rank in list(self._left_at):
             peer = self._link.peers[rank]
-            if peer.heard_at <= self._left_at[rank] or peer.kicks_in_flight:
+            if peer.heard_at <= self._left_at[rank]:
                 continue
-            if self._history.replay(self._link, rank, position, epoch):
-                del self._left_at[rank]
+            if rank in self._away:
+                if peer.kicks_in_flight:
+                    continue
+                if not self._history.replay(self._link, rank, position, layer, epoch):
+                    self._link.probe(rank)
+                    continue
+                self._away.remove(rank)
                 self._note(f"rank {rank} is back, with all that it missed")
-            else:
-                self._link.probe(rank)
+            del self._left_at[rank]
 
 
 def _shares(owners: np.ndarray, ranks: int) -> np.ndarray:

@@ -37,16 +37,20 @@ class AttentionInputs:
         for rank in sent_to:
             self._sent[rank][layer] = end
 
-    def replay(self, link: RootLink, rank: int, position: int, epoch: int) -> bool:
-        """Send a worker some of the rows before `position` that it lacks; whether that were all."""
+    def replay(self, link: RootLink, rank: int, position: int, next_layer: int, epoch: int) -> bool:
+        """Send a worker some of the rows that it lacks; whether that were all.
+
+        The next attention to compute is that of `next_layer` at `position`; the layers before have done theirs.
+        """
         left = PORTION_ROWS
-        for layer, sent in enumerate(self._sent.get(rank, ())):
+        for layer, sent in enumerate(self._sent.get(rank, np.empty(0, int)).tolist()):
             if rank not in self._workers[layer]:
                 continue
-            for start in range(int(sent), position, self._chunk):
+            rows = position + (layer < next_layer)
+            for start in range(sent, rows, self._chunk):
                 if left <= 0:
                     return False
-                end = min(position, start + self._chunk)
+                end = min(rows, start + self._chunk)
                 link.replay(rank, layer, start, self._rows[layer, start:end].float().numpy(), epoch)
                 self._sent[rank][layer] = end
                 left -= end - start

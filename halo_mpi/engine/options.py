@@ -37,6 +37,7 @@ class SyncOptions:
     quality: float  # largest inexact share of a token's work
     deadline_ms: float | None  # None: learned
     kick_ms: float  # 0: never
+    outage_ms: float
     trailer: bool
     tune_sockets: bool
     old_kernel: bool
@@ -85,6 +86,8 @@ _OPTIONS = (
                  help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
     click.option("--kick-ms", type=click.FloatRange(0), default=1.0, show_default=True,
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
+    click.option("--outage-ms", type=click.FloatRange(1), default=300.0, show_default=True,
+                 help="relaxed: how long a worker may be silent before the root goes on without it, if --quality allows."),
     click.option("--trailer/--no-trailer", default=True, show_default=True,
                  help="Send 16 bytes right behind every message, for the same reason."),
     click.option("--tune-sockets/--no-tune-sockets", default=True, show_default=True,

@@ -48,7 +48,7 @@ class Root:
         self._even_shares = even_shares(plan, 0, link.ranks)
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        self.crew = Crew(config, plan, link, self._relaxed, context, note)
+        self.crew = Crew(config, plan, link, self._relaxed, context, sync.outage_ms / 1e3, note)
         self._means = RunningMeans(config.hidden) if self._relaxed else None
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
@@ -71,7 +71,6 @@ class Root:
         if position == 0:
             self._epoch = (self._epoch + 1) % EPOCHS
             self.crew.begin_text()
-        self.crew.welcome_back(position, self._epoch)
         self._sums.begin_token()
         x = trunk.embedding[tokens]  # [T, D]
         if self._check:
@@ -93,10 +92,12 @@ class Root:
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
         self._sums.next_sync()
-        present, away = self.crew.split(kind, layer)
-        if self._relaxed and self._leave_behind(self.crew.overrun(present)):
-            present, away = self.crew.split(kind, layer)
-        seq = self._ask(kind, layer, position, normed, present)
+        if self._relaxed and decoding:
+            self._stop_asking(kind, layer)
+            if kind == Kind.ATTENTION:
+                self.crew.welcome_back(position, layer, self._epoch)
+        workers, asked = self.crew.asked(kind, layer)
+        seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
             x = self._add(x, bias[layer])
         if self._even_shares[kind][layer]:
@@ -106,10 +107,10 @@ class Root:
             self.compute_s += time.perf_counter() - start
             x = self._add(x, own)
         if decoding:
-            for rank in present + away:
+            for rank in workers:
                 self.ledger.ask(rank)
-        answers = self._collect(seq, kind, layer, present, self._must_be_exact(layer, present, decoding), decoding)
-        for rank in sorted(present + away):
+        answers = self._collect(seq, kind, layer, asked, self._must_be_exact(layer, asked, decoding), decoding)
+        for rank in workers:
             if rank in answers:
                 if self._means:
                     self._means.observe((kind, layer, rank), answers[rank], kind == Kind.ATTENTION)
@@ -139,7 +140,7 @@ class Root:
     ) -> dict[int, np.ndarray]:
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others."""
         link, ledger, crew = self._link, self.ledger, self.crew
-        missing, late, answers = set(workers), set(), {}
+        missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
         own_done = link.waiter.now()
         while True:
             for answer in link.poll():
@@ -163,17 +164,29 @@ class Root:
                     if counting:
                         ledger.missed_deadline(rank)
                 link.kick(rank)
-            if not exact and missing <= late and not overdue and self._sums.affords(crew.share(kind, layer, missing), crew.away_share()):
+            if (
+                not exact
+                and missing <= late
+                and not overdue
+                and self._sums.affords(crew.share(kind, layer, missing), crew.share_done_without())
+            ):
                 return answers
             if counting:
                 missing -= self._leave_behind(crew.silent(missing | overdue, now))
             link.waiter.wait()
 
+    def _stop_asking(self, kind: Kind, layer: int) -> None:
+        """Workers with too many requests before them get no more, as far as the run's quality allows it."""
+        overrun = self.crew.overrun(self.crew.asked(kind, layer)[1])
+        behind = {rank for rank in overrun if self.crew.does_without(rank)}
+        for rank in behind | self._leave_behind(overrun - behind):
+            self.crew.stop_asking(rank)
+
     def _leave_behind(self, ranks: set[int]) -> set[int]:
-        """Do without these workers, as far as the run's quality allows it; those that are away now."""
+        """Do without these workers, as far as the run's quality allows it; those that are behind now."""
         gone = set()
         for rank in ranks:
-            if not self._relaxed or not self._sums.affords(0.0, self.crew.away_share(rank)):
+            if not self._relaxed or not self._sums.affords(0.0, self.crew.share_done_without(rank)):
                 continue
             gone.add(rank)
             self.crew.leave(rank)
@@ -186,7 +199,7 @@ class Root:
         """The estimate, f32 [1, D], for a partial sum that is not there."""
         estimate = self._means.estimate((kind, layer, rank)) * np.float32(not self._drops)
         share = self.crew.share(kind, layer, {rank})
-        if self._drops or self.crew.is_away(rank):
+        if self._drops or self.crew.does_without(rank):
             self._sums.substitute(rank, share)
             if self._check:
                 self._check.add(estimate)
