@@ -8,13 +8,14 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from halo_mpi.engine import crew
 from halo_mpi.engine.check import CheckError
 from halo_mpi.engine.crew import CREDIT
 from halo_mpi.model.llama import Share
 from tests.simulator import STRICT, Simulation
 
 pytestmark = pytest.mark.timeout(300)
-RANKS, CONTEXT = 4, 24
+RANKS, CONTEXT = 4, 48
 IDS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 10)]
 RELAXED = replace(STRICT, mode="relaxed", quality=1.0)
 QUICK = [[1e-4]] * RANKS
@@ -26,7 +27,9 @@ modes = st.builds(
     lambda lag, quality, late, deadline: replace(RELAXED, max_lag=lag, quality=quality, late=late, deadline_ms=deadline),
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
-examples = settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck))
+examples = settings(
+    max_examples=30, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def expected(deep) -> np.ndarray:
 def caches_are_complete(simulation: Simulation, rows: int) -> None:
     """Every K and V of the workers' heads is what the attention inputs that the root kept give, in place."""
     for rank in simulation.workers:
-        if simulation.root.crew.is_away(rank):
+        if simulation.root.crew.does_without(rank):
             continue
         share = simulation.shares[rank]
         again = Share(share.config, share.layers, CONTEXT)
@@ -59,8 +62,15 @@ def test_strict_is_the_same_whatever_the_wire_does(deep, expected, delays, stall
     assert ledger.on_time + ledger.waited == ledger.asked and not ledger.deferred
 
 
+@pytest.fixture
+def little_credit(monkeypatch) -> None:
+    """So that short texts see workers that are cut off."""
+    monkeypatch.setattr(crew, "CREDIT", 12)
+
+
 @examples
 @given(slow_links, stalls, modes, st.integers(0, 3))
+@pytest.mark.usefixtures("little_credit")
 def test_relaxed_accounts_for_every_partial_sum_and_loses_no_kv(deep, expected, delays, stalls, mode, prefill):
     simulation = Simulation(deep, RANKS, mode, delays, stalls, CONTEXT)  # mode.check: sums are recomputed at each token
     for ids in (IDS, IDS[::-1]):  # the second text begins while answers of the first are under way
@@ -98,15 +108,16 @@ def test_late_partial_sum_is_added_once(deep, expected):
 def test_a_worker_that_was_cut_off_gets_what_it_missed(deep):
     cut = [[1e-4]] * 3 + [[1e-4] * 30 + [2.0] + [1e-4] * 400]
     simulation = Simulation(deep, RANKS, RELAXED, cut, NO_STALL, CONTEXT)
-    simulation.text(IDS, 0)
+    ids = IDS * 3  # 300 syncs
+    simulation.text(ids, 0)
     assert simulation.root.crew.state(3) == "suspended" and simulation.root.ledger.substituted
     for _ in range(int(3.0 / 2e-4)):
         simulation.clock.wait()
     list(simulation.root._link.poll())
-    simulation.root.step(7, len(IDS))
+    simulation.root.step(7, len(ids))
     assert simulation.root.crew.state(3) == "ok" and len(simulation.notes) == 2 and "is back" in simulation.notes[1]
     simulation.settle()
-    caches_are_complete(simulation, len(IDS) + 1)
+    caches_are_complete(simulation, len(ids) + 1)
 
 
 def test_too_little_quality_waits_for_a_worker_that_is_cut_off(deep, expected):
@@ -129,7 +140,9 @@ def test_the_check_finds_what_was_added_twice(deep, monkeypatch):
     from halo_mpi.engine.root import Root
 
     take = Root._take_late
-    monkeypatch.setattr(Root, "_take_late", lambda self, answer: (take(self, answer), self._corrections.extend(self._corrections[-1:])))
+    monkeypatch.setattr(
+        Root, "_take_late", lambda self, answer: (take(self, answer), self._corrections.extend(self._corrections[-1:]))
+    )
     slow = [[1e-4], [1e-4], [3e-3], [1e-4]]
     with pytest.raises(CheckError, match="residual"):
         Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT).text(IDS, 0)
