@@ -43,7 +43,7 @@ MODES = {
     "repair": Mode("strict, losses repaired", ("--sync", "strict")),
     "repair-q8": Mode("strict, losses repaired, q8", ("--sync", "strict", "--wire", "q8")),
     "relaxed": Mode("relaxed", RELAXED, exact=False),
-    "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, *OLD, "--quality", "0.6"), exact=False),
+    "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, *OLD, "--quality", "0.4"), exact=False),
     "repair-old": Mode("strict, losses repaired, kernel before 6.15", ("--sync", "strict", "--old-kernel")),
 }
 ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
