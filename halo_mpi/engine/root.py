@@ -158,7 +158,7 @@ class Root:
                 return answers
             now = link.waiter.now()
             for rank in missing | overdue:
-                if rank in missing - late and now > crew.deadline(rank, seq, own_done):
+                if rank in missing and rank not in late and now > crew.deadline(rank, seq, own_done):
                     late.add(rank)
                     crew.suspect(rank)
                     if counting:
