@@ -109,12 +109,18 @@ class Identity:
         return f"{what}: {self.runs} runs, {verdict}"
 
 
+def _is_exact(report: dict) -> bool:
+    """Strict, or relaxed with nothing late."""
+    ledger = report.get("ledger") or {}
+    return report["sync"]["mode"] == "strict" or ledger.get("deferred") == {} and ledger.get("substituted") == 0
+
+
 def identities(runs: Iterable[dict]) -> list[Identity]:
-    """Of runs under strict: those of the same model, ranks, wire format and placement must agree as far as both go."""
+    """Of exact runs: those of the same model, ranks, wire format and placement must agree as far as both go."""
     alike = defaultdict(list)
     for run in runs:
         report = run.get("report") or {}
-        if report.get("token_ids") and report["sync"]["mode"] == "strict":
+        if report.get("token_ids") and _is_exact(report):
             key = (report["ranks"], report["sync"]["wire"], report["placement"], report["model"]["digest"])
             alike[key].append(report["token_ids"])
     found = []

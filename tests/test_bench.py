@@ -101,6 +101,14 @@ def test_token_ids_of_other_ranks_or_wires_are_not_compared():
     assert [(identity.wire, identity.same, identity.runs) for identity in found] == [("f16", True, 1), ("f32", True, 1)]
 
 
+def test_a_relaxed_run_with_nothing_late_is_compared_with_strict():
+    relaxed = run_of([], ids=[8])
+    relaxed["report"] |= {"sync": {"mode": "relaxed", "wire": "f32"}, "ledger": {"deferred": {}, "substituted": 0}}
+    assert [identity.same for identity in identities([run_of([], ids=[1]), relaxed])] == [False]
+    relaxed["report"]["ledger"]["deferred"] = {"1": 2}
+    assert [identity.runs for identity in identities([run_of([], ids=[1]), relaxed])] == [1]
+
+
 def test_failed_runs_are_in_the_table_with_their_reason():
     drawn = tpot.table(tpot_content([run_of([1.0, 2.0]), run_of([], 1, status="timeout")]))
     assert drawn.rows[0][3] == "2, 1 timeout"
