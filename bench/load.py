@@ -17,7 +17,7 @@ from bench.figures import figure, require_matplotlib
 from bench.modes import Names, Numbers
 from bench.pagecache import drop, resident, warm
 from bench.results import ROOT, Results, run_benchmark
-from bench.rounds import failures, measure
+from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.convert import write_model
@@ -179,10 +179,7 @@ def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
             return (run_start if cell["what"] == "start" else run_reading)(cell, models[cell["dtype"]])
 
         measure(groups, run, line_of, lambda cell: 4 + cell.get("ranks", 0), minutes, results)
-    table(results.content).print()
-    if png:
-        plot(results.content, png)
-    return 0 if any(run["status"] == "ok" for run in results.runs) else 1
+    return conclude(results, table, plot, png)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from bench.cells import require_lab, run_in_lab
 from bench.figures import figure, require_matplotlib
 from bench.modes import ENGINE_MODES, MODES, Names, Numbers
 from bench.results import Results, run_benchmark
-from bench.rounds import failures, measure
+from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import percentile
 from bench.tables import Table, number
@@ -175,10 +175,8 @@ def main(model, modes, losses, ranks, text, tokens, context, pace_ms, timeout_s,
             return run_cell(cell, model, file, ranks, tokens, context, pace_ms, timeout_s, seed)
 
         measure([[cell] for cell in cells(modes, losses)], run, line_of, lambda _: 20 + 0.3 * tokens, minutes, results)
-    table(results.content).print()
-    if png:
-        plot(results.content, png)
-    return 1 if wrong(results.content) or all(run["status"] != "ok" for run in results.runs) else 0
+    code = conclude(results, table, plot, png)
+    return 1 if wrong(results.content) else code
 
 
 if __name__ == "__main__":

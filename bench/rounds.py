@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import click
 
 from bench.results import Results
+from bench.tables import Table
 
 Cell = dict  # what identifies a run; "repeat" counts repetitions
 
@@ -42,6 +44,14 @@ def measure(
         results.finish(f"interrupted after {done} of {total} runs")
         return
     results.finish()
+
+
+def conclude(results: Results, table: Callable[[dict], Table], plot: Callable[[dict, Path], None], png: Path | None) -> int:
+    """Print the table and draw the figure, if one is wanted; the exit code: 0 if any run ended well."""
+    table(results.content).print()
+    if png:
+        plot(results.content, png)
+    return 0 if any(run["status"] == "ok" for run in results.runs) else 1
 
 
 def _key(cell: Cell) -> tuple:

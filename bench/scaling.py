@@ -15,7 +15,7 @@ from bench.figures import figure, require_matplotlib
 from bench.lab.scenario import load_scenario, tomllib
 from bench.modes import STRICT, Names, Numbers
 from bench.results import Results, run_benchmark
-from bench.rounds import failures, measure
+from bench.rounds import conclude, failures, measure
 from bench.shapes import DEMO, SHAPES, config_of, shape_model
 from bench.stats import pairwise, percentile, pooled, samples_of, token_ms
 from bench.tables import Table, number
@@ -204,10 +204,7 @@ def main(cases, lab, device_ms, model, shape, ranks, repeats, seconds, max_token
         return run_cell(cell, chosen[cell["case"]], models[cell["case"]], seconds, max_tokens, seed)
 
     measure(groups, run, line_of, lambda cell: 4 + cell["ranks"] + 1.5 * seconds, minutes, results)
-    table(results.content).print()
-    if png:
-        plot(results.content, png)
-    return 0 if any(run["status"] == "ok" for run in results.runs) else 1
+    return conclude(results, table, plot, png)
 
 
 if __name__ == "__main__":

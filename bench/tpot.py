@@ -14,7 +14,7 @@ from bench.cells import generation, require_lab, run_in_lab
 from bench.figures import figure, require_matplotlib
 from bench.modes import MODES, Names, Numbers
 from bench.results import Results, run_benchmark
-from bench.rounds import failures, measure
+from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
@@ -216,11 +216,8 @@ def main(model, modes, losses, ranks, repeats, seconds, pace_ms, max_tokens, min
     box = Box(model, seconds, pace_ms, max_tokens, seed)
     groups = Plan(modes, losses, ranks, repeats).groups()
     measure(groups, box.run, line_of, lambda cell: expected_s(cell, seconds), minutes, results)
-    table(results.content).print()
-    if png:
-        plot(results.content, png)
-    same = all(identity.same for identity in identities(results.runs))
-    return 0 if same and any(run["status"] == "ok" for run in results.runs) else 1
+    code = conclude(results, table, plot, png)
+    return code if all(identity.same for identity in identities(results.runs)) else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from bench.figures import figure, require_matplotlib
 from bench.modes import MODES, Numbers
 from bench.quality import language_reference, scored, scoring
 from bench.results import Results, run_benchmark
-from bench.rounds import failures, measure
+from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import percentile, pooled
 from bench.tables import Table, number
@@ -212,10 +212,7 @@ def main(model, losses, ranks, tokens, long_loss, long_tokens, context, seconds,
             minutes,
             results,
         )
-    table(results.content).print()
-    if png:
-        plot(results.content, png)
-    return 0 if any(run["status"] == "ok" for run in results.runs) else 1
+    return conclude(results, table, plot, png)
 
 
 if __name__ == "__main__":
