@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(240)
 mpi, lab = pytest.mark.mpi, pytest.mark.lab
 RANKS = (2, 3, 4)
 PROMPT = ("--prompt", "The quick brown fox", "--max-tokens", 24, "--ignore-eos")
-HASTY = ("--deadline-ms", 0, "--quality", 1)
+HASTY = ("--deadline-ms", 0, "--quality", 1, "--outage-ms", 1e6)  # everything is late, nobody is cut off
 LATE = 9e9  # ms: nothing is late by then
 
 
@@ -71,9 +71,8 @@ def test_what_is_late_is_deferred(deep, strict, tmp_path, ranks):
     report = relaxed(deep, tmp_path, ranks, *HASTY, "--max-lag", 3)
     ledger = accounted_for(report, strict(ranks))
     assert ledger["deferred"] and set(ledger["deferred"]) <= {"1", "2", "3"}
-    if not any("is silent" in event["what"] for event in report["events"]):
-        assert not ledger["substituted"] and not ledger["discarded_late"]
-        assert all(device["state"] == "ok" for device in report["devices"])
+    assert not ledger["substituted"] and not ledger["discarded_late"]
+    assert all(device["state"] == "ok" for device in report["devices"])
     exact = 2 / 5  # the first and the last layer
     assert 0 < ledger["inexact_importance"] <= 1 - exact
     assert any(device["late_rate"] > 0 for device in report["devices"][1:])
@@ -129,6 +128,7 @@ WRONG = {
     "--quality": ("2", "-0.1", "good"),
     "--deadline-ms": ("x", "-1"),
     "--kick-ms": ("-1",),
+    "--outage-ms": ("0",),
     "--late": ("ignore",),
     "--sync": ("lazy",),
     "--wire": ("q4",),
