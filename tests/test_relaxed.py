@@ -125,7 +125,7 @@ def test_q8_is_less_to_send(deep, tmp_path):
 
 WRONG = {
     "--max-lag": ("-1", "101", "few"),
-    "--quality": ("2", "-0.1", "good"),
+    "--quality": ("2", "-0.1", "good", "nan"),
     "--deadline-ms": ("x", "-1"),
     "--kick-ms": ("-1",),
     "--outage-ms": ("0",),

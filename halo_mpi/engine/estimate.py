@@ -28,7 +28,7 @@ class RunningMeans:
             mean += (new - mean) * np.float32(min(1.0, len(y) / count))
         self._counts[key] = count
         if keep_last:
-            self._last[key] = y[-1]
+            self._last[key] = y[-1].copy()  # not a view of a whole prompt's
 
     def estimate(self, key: tuple) -> np.ndarray:
         """The guess, f32 [D]."""

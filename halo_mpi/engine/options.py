@@ -1,6 +1,7 @@
 """The options that every command of a distributed run takes, and their values as one object."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -58,6 +59,16 @@ class RunOptions:
     verbose: bool
 
 
+class Finite(click.FloatRange):
+    """A number within limits, neither infinite nor nan."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class Deadline(click.ParamType):
     """auto (None) or milliseconds."""
 
@@ -66,7 +77,7 @@ class Deadline(click.ParamType):
     def convert(self, value, param, ctx):
         if value is None or value == "auto":
             return None
-        return click.FloatRange(0).convert(value, param, ctx)
+        return Finite(0).convert(value, param, ctx)
 
 
 _OPTIONS = (
@@ -80,13 +91,13 @@ _OPTIONS = (
                  help="relaxed: what becomes of late answers. drop: they count as zero, in every layer, as in HALO (for comparison)."),
     click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True,
                  help="relaxed: how many syncs may lack a late answer before the root waits for it."),
-    click.option("--quality", type=click.FloatRange(0, 1), default=0.3, show_default=True,
+    click.option("--quality", type=Finite(0, 1), default=0.3, show_default=True,
                  help="relaxed: the largest share of a token's work that may be inexact."),
     click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True,
                  help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
-    click.option("--kick-ms", type=click.FloatRange(0), default=1.0, show_default=True,
+    click.option("--kick-ms", type=Finite(0), default=1.0, show_default=True,
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
-    click.option("--outage-ms", type=click.FloatRange(1), default=300.0, show_default=True,
+    click.option("--outage-ms", type=Finite(1), default=300.0, show_default=True,
                  help="relaxed: how long a worker may be silent before the root goes on without it, if --quality allows."),
     click.option("--trailer/--no-trailer", default=True, show_default=True,
                  help="Send 16 bytes right behind every message, for the same reason."),

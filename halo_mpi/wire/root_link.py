@@ -85,8 +85,10 @@ class RootLink:
         return self.seq
 
     def replay(self, rank: int, layer: int, position: int, x: np.ndarray, epoch: int) -> None:
-        """Start sending inputs of attention, f32 [rows, width], of which the worker needs only K and V."""
-        self.seq += 1
+        """Start sending inputs of attention, f32 [rows, width], of which the worker needs only K and V.
+
+        A replay has the seq of the last request: were it counted, what is open with other workers would seem older than it is.
+        """
         self._mailbox.post([rank], Kind.REPLAY, self.seq, layer, position, x, epoch, wire="f16")
 
     def poll(self) -> Iterator[Answer]:
