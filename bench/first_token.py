@@ -33,7 +33,8 @@ def first_token(comm, run) -> None:
     session.load(CONTEXT)
     ENDS_S["load"] = time.time()
     if not session.is_root:
-        session.finish(session.serve())
+        session.serve()
+        session.finish()
         return
     session.root.prefill(prompt)
     ENDS_S["first token"] = time.time()

@@ -57,6 +57,14 @@ def deep(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory) -> Path:
+    """A small random model whose prompts make messages of more than 64 KiB."""
+    folder = tmp_path_factory.mktemp("wide")
+    write_tiny_hf(folder / "source", replace(TINY, hidden=512, layers=3, context=512))
+    return converted(folder / "source", folder / "wide.halo", "f32", shards=1)
+
+
+@pytest.fixture(scope="session")
 def can():
     """Skips what this machine has no means for."""
     known: dict[str, str | None] = {}

@@ -182,3 +182,29 @@ def test_without_tuning_no_socket_is_tuned(can, deep, tmp_path):
     done = run("run", scenario_file(tmp_path, "hosts = 2\n"), "--", *command, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["sync"]["tuned_sockets"] is False
+
+
+@lab
+@pytest.mark.parametrize("sync", ["strict", "relaxed"])
+def test_a_long_prompt_goes_in_large_messages(can, wide, tmp_path, sync):
+    """Above 64 KiB MPI waits for the receiver, and a small message may complete before a large one that was sent first."""
+    can("kernel")
+    path = tmp_path / "report.json"
+    command = ["python", "-m", "halo_mpi.generate", "--model", wide, "--prompt", "a long prompt " * 12, "--max-tokens", 6]
+    options = ["--wire", "f32", "--ignore-eos", "--sync", sync, "--json", path]
+    done = run("run", scenario_file(tmp_path, "hosts = 3\nloss = 0.05\npace_ms = 3\n"), "--", *command, *options, timeout=100)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["prompt_tokens"] >= 64 and report["generated_tokens"] == 6
+
+
+@lab
+def test_an_outage_of_20_seconds_is_survived(can, deep, tmp_path):
+    """With TCP_RTO_MAX_MS alone Linux would give the connection up after 14 s."""
+    can("kernel")
+    path = tmp_path / "report.json"
+    outage = '[[event]]\nat_s = 0.2\nhost = "pi2"\naction = "link-down"\nfor_s = 20.0\n'
+    command = ["python", "-m", "halo_mpi.generate", "--model", deep, *PROMPT, "--json", path]
+    done = run("run", scenario_file(tmp_path, f"hosts = 2\npace_ms = 10\n{outage}"), "--", *command, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["tpot_ms"]["max"] > 15_000

@@ -7,16 +7,25 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from halo_mpi.engine.estimate import ATTENTION_LAST, MEMORY, RunningMeans
 from halo_mpi.errors import HaloError
+from halo_mpi.wire import mailbox
 from halo_mpi.wire.deadline import ENOUGH, FIRST_S, FORGIVEN, PATIENT_S, WINDOW, Deadline
 from halo_mpi.wire.messages import BLOCK, HEADER, WIRES, Kind, Message, vector_bytes
 from halo_mpi.wire.root_link import KICKS_BEFORE_BACKOFF, KICKS_IN_FLIGHT, LONGEST_KICK_S, RootLink
-from halo_mpi.wire.sockets import TCP_RTO_MAX_MS, TCP_RTO_MIN_US, TCP_THIN_LINEAR_TIMEOUTS, own_addresses, tune_sockets
+from halo_mpi.wire.sockets import (
+    TCP_RTO_MAX_MS,
+    TCP_RTO_MIN_US,
+    TCP_THIN_LINEAR_TIMEOUTS,
+    TCP_USER_TIMEOUT,
+    own_addresses,
+    tune_sockets,
+)
 from halo_mpi.wire.worker_link import WorkerLink
 from tests.simulator import TICK_S, Box, Clock
 
@@ -88,17 +97,17 @@ def test_a_buffer_of_many_rows_holds_one_row_after_another_message(wire):
 
 def test_every_field_of_the_header_survives():
     sender, receiver = Message(2, 8), Message(2, 8)
-    data = sender.write(4_000_000_000, Kind.REPLAY, 255, 3_000_000_000, vectors(2, 8), "f16", epoch=255, lag=200)
+    data = sender.write(4_000_000_000, Kind.REPLAY, 65_535, 3_000_000_000, vectors(2, 8), "f16", epoch=255, lag=200)
     receiver.buffer[: len(data)] = data
-    fields = {"seq": 4_000_000_000, "position": 3_000_000_000, "layer": 255, "rows": 2, "kind": Kind.REPLAY,
-              "wire": WIRES.index("f16"), "epoch": 255, "lag": 200, "zero": 0}  # fmt: skip
+    fields = {"seq": 4_000_000_000, "position": 3_000_000_000, "layer": 65_535, "rows": 2, "kind": Kind.REPLAY,
+              "wire": WIRES.index("f16"), "epoch": 255, "lag": 200}  # fmt: skip
     assert {name: int(receiver.header[name]) for name in HEADER.names} == fields
 
 
 def test_a_lag_that_does_not_fit_is_the_largest_that_does():
     message = Message(1, 8)
-    message.write(1000, Kind.FFN, x=vectors(1, 8), lag=300)
-    assert message.header["lag"] == 255
+    message.write(1000, Kind.FFN, x=vectors(1, 8), lag=70_000)
+    assert message.header["lag"] == 0xFFFF
 
 
 @pytest.mark.parametrize("wire, size", [("f32", 2320), ("f16", 1168), ("q8", 628)])
@@ -327,11 +336,44 @@ def test_an_estimate_stays_what_it_was(keep_last):
     assert first.tolist() == [1, 1] and (means.estimate("key") <= 3).all()
 
 
+# Receiving
+
+
+class Request:
+    """Stands in for a persistent receive."""
+
+    def Start(self):
+        pass
+
+
+def test_a_small_message_does_not_overtake_a_large_one(monkeypatch):
+    """MPI matches one peer's messages in order, but may complete a small one before a large one that was sent first."""
+    made = []
+    comm = SimpleNamespace(Recv_init=lambda buffer, peer, tag: made.append(Request()) or made[-1])
+    arrivals = iter([[1], [2], [0], [3, 0]])  # slots as they complete
+
+    def testsome(requests, statuses):
+        done = next(arrivals)
+        statuses.extend(SimpleNamespace(Get_count=lambda _: 16) for _ in done)
+        return done
+
+    fake = SimpleNamespace(Request=SimpleNamespace(Testsome=testsome), Prequest=SimpleNamespace(Startall=len), BYTE=None)
+    monkeypatch.setattr(mailbox, "MPI", fake)
+    ring = mailbox.ReceiveRing(comm, [1], 4, 1, 8)
+    slots = {id(message): index for index, (_, message) in enumerate(ring._slots)}
+    assert [[slots[id(message)] for _, message in ring.poll()] for _ in range(4)] == [[], [], [0, 1, 2], [3, 0]]
+
+
 # Sockets
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
-OPTION = {"thin_linear_timeouts": TCP_THIN_LINEAR_TIMEOUTS, "rto_max": TCP_RTO_MAX_MS, "rto_min": TCP_RTO_MIN_US}
+OPTION = {
+    "user_timeout": TCP_USER_TIMEOUT,
+    "thin_linear_timeouts": TCP_THIN_LINEAR_TIMEOUTS,
+    "rto_max": TCP_RTO_MAX_MS,
+    "rto_min": TCP_RTO_MIN_US,
+}
 
 
 @pytest.fixture
@@ -379,7 +421,7 @@ def test_connections_to_peers_are_tuned(stack, here, dual_stack):
     assert accepted == {name: name in known for name in OPTION}
     for end in ends:
         tuned = options(end)
-        assert tuned["thin_linear_timeouts"] == 1
+        assert tuned["thin_linear_timeouts"] == 1 and tuned["user_timeout"] == 900_000, "15 minutes of outage are survived"
         if "rto_min" in known:
             assert 5000 <= tuned["rto_min"] <= 10000 < known["rto_min"], (
                 "whole ticks of the kernel's clock, 4 ms where there are 250"
@@ -399,8 +441,9 @@ def test_connections_to_others_are_left_alone(stack, here):
 def test_an_old_kernel_refuses_the_new_options(stack, here):
     ends = connected(stack, here)
     before = [options(end) for end in ends]
-    assert tune_sockets({here}, old_kernel=True) == {"thin_linear_timeouts": True, "rto_max": False, "rto_min": False}
-    assert [options(end) for end in ends] == [{**values, "thin_linear_timeouts": 1} for values in before] != before
+    assert tune_sockets({here}, old_kernel=True) == {**dict.fromkeys(OPTION, True), "rto_max": False, "rto_min": False}
+    old = {"user_timeout": 900_000, "thin_linear_timeouts": 1}
+    assert [options(end) for end in ends] == [{**values, **old} for values in before] != before
 
 
 @linux

@@ -1,10 +1,10 @@
 """The workers as the root sees them: who has which part, who is late, who is cut off, and how they come back.
 
-present  --> suspect     missed a deadline and was not heard since; any message clears it
-         --> behind      silent for `outage_s`, and the run's quality allows to do without it: still asked, not waited for;
-                         any message makes it present
-behind   --> away        has as many requests before it as it may have (`CREDIT`): not asked any more
-away     --> present     heard again, and sent every attention input that it missed
+present --> suspect    missed a deadline and was not heard since; any message clears it
+        --> behind     silent for `outage_s`, and the run's quality allows to do without it: still asked, not waited for;
+                       once heard again, present at the next attention
+any     --> away       `CREDIT` syncs ago was the last request that it has done: not asked any more
+away    --> present    heard again, and sent every attention input that it missed
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
 
-CREDIT = 128  # requests without an answer
+CREDIT = 128  # syncs
 
 
 class Crew:
@@ -32,7 +32,7 @@ class Crew:
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
         self._history = None
-        if relaxed:
+        if relaxed and any(self._workers[Kind.ATTENTION]):
             self._history = AttentionInputs(config.layers, context, config.hidden, self._workers[Kind.ATTENTION])
 
     def asked(self, kind: Kind, layer: int) -> tuple[list[int], list[int]]:
@@ -58,7 +58,11 @@ class Crew:
 
     def silent(self, workers: set[int], now: float) -> set[int]:
         """Those of the workers that said nothing for so long that the root should do without them."""
-        return {rank for rank in workers if now - self._waiting_since(rank, now) > self._outage_s}
+        return {
+            rank
+            for rank in workers
+            if now - self._waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
+        }
 
     def share_done_without(self, *more: int) -> float:
         """The largest part of a sync's work that belongs to workers that are behind or away, and to these."""
@@ -109,12 +113,12 @@ class Crew:
             if peer.heard_at <= self._left_at[rank]:
                 continue
             if rank in self._away:
-                if peer.kicks_in_flight:
+                if peer.kicks_in_flight or peer.replays:
                     continue
-                if not self._history.replay(self._link, rank, position, layer, epoch):
-                    self._link.probe(rank)
+                if self._history and not self._history.replay(self._link, rank, position, layer, epoch):
                     continue
                 self._away.remove(rank)
+                self._link.catch_up(rank)
                 self._note(f"rank {rank} is back, with all that it missed")
             del self._left_at[rank]
 

@@ -8,7 +8,8 @@ from halo_mpi.wire.root_link import RootLink
 CHUNK_BYTES = (
     32 * 2**10
 )  # below the size from which MPI waits for the receiver, so that replays keep their place among the requests
-PORTION_ROWS = 512  # per token: more would fill the link
+PORTION_BYTES = 256 * 2**10  # at once: more would fill the link and the worker's memory
+LAST_ROWS = 64  # so few may still be under way when a worker is asked again: it computes them in some ms
 F16_MAX = 65504.0
 
 
@@ -38,20 +39,21 @@ class AttentionInputs:
             self._sent[rank][layer] = end
 
     def replay(self, link: RootLink, rank: int, position: int, next_layer: int, epoch: int) -> bool:
-        """Send a worker some of the rows that it lacks; whether that were all.
+        """Send a worker some of the rows that it lacks; whether these were the last, and few.
 
         The next attention to compute is that of `next_layer` at `position`; the layers before have done theirs.
         """
-        left = PORTION_ROWS
+        portion = max(LAST_ROWS, PORTION_BYTES // (2 * self._rows.shape[-1]))
+        left = portion
         for layer, sent in enumerate(self._sent.get(rank, np.empty(0, int)).tolist()):
             if rank not in self._workers[layer]:
                 continue
             rows = position + (layer < next_layer)
             for start in range(sent, rows, self._chunk):
-                if left <= 0:
+                end = min(rows, start + self._chunk, start + left)
+                if end <= start:
                     return False
-                end = min(rows, start + self._chunk)
                 link.replay(rank, layer, start, self._rows[layer, start:end].float().numpy(), epoch)
                 self._sent[rank][layer] = end
                 left -= end - start
-        return True
+        return portion - left <= LAST_ROWS

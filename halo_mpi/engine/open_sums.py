@@ -20,6 +20,7 @@ class OpenSum:
 
     seq: int
     rank: int
+    key: tuple  # of the estimate
     estimate: np.ndarray
     missed: int = 0
 
@@ -54,10 +55,10 @@ class OpenSums:
         """Whether this share of the present sync may be inexact too, while `away` of this and every later one will be."""
         return self._max_lag > 0 and self._inexact + share + away * self._syncs_left <= self._budget
 
-    def open(self, seq: int, rank: int, share: float, estimate: np.ndarray) -> None:
+    def open(self, seq: int, rank: int, key: tuple, share: float, estimate: np.ndarray) -> None:
         """The estimate goes in for now."""
         self._inexact += share
-        self._open[seq, rank] = OpenSum(seq, rank, estimate)
+        self._open[seq, rank] = OpenSum(seq, rank, key, estimate)
 
     def substitute(self, rank: int, share: float) -> None:
         """An estimate goes in for good."""
@@ -81,14 +82,14 @@ class OpenSums:
         for entry in self._open.values():
             entry.missed += 1
 
-    def arrived(self, seq: int, rank: int, y: np.ndarray) -> np.ndarray | None:
-        """What a late partial sum y [D] changes, [D]; None if it comes too late to count."""
+    def arrived(self, seq: int, rank: int) -> OpenSum | None:
+        """What stood in for a late partial sum that has come; None if it comes too late to count."""
         entry = self._open.pop((seq, rank), None)
         if entry is None:
             self._ledger.discarded_late += 1
             return None
         self._ledger.correct(rank, entry.missed)
-        return y - entry.estimate
+        return entry
 
     def end_token(self) -> None:
         """Everything is settled."""

@@ -1,7 +1,8 @@
 """The root's token loop: one token is a chain of syncs, two per layer.
 
 Strict, every sync waits for all partial sums. Relaxed, the root goes on past a late one with an estimate in its place and adds
-the difference when it comes; what must be exact (prefill, the first and the last layer) waits all the same.
+the difference when it comes; what must be exact (prefill, the first and the last layer) waits all the same,
+but for workers that are cut off.
 """
 
 import time
@@ -109,8 +110,10 @@ class Root:
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        answers = self._collect(seq, kind, layer, asked, self._must_be_exact(layer, asked, decoding), decoding)
+        answers, late = self._collect(seq, kind, layer, asked, self._must_be_exact(layer, asked, decoding), decoding)
         for rank in workers:
+            if decoding and (rank in late or rank not in answers):
+                self.ledger.missed_deadline(rank)
             if rank in answers:
                 if self._means:
                     self._means.observe((kind, layer, rank), answers[rank], kind == Kind.ATTENTION)
@@ -135,10 +138,9 @@ class Root:
             self.crew.sent_attention(layer, position, normed, workers)
         return seq
 
-    def _collect(
-        self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool, counting: bool
-    ) -> dict[int, np.ndarray]:
-        """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others."""
+    def _collect(self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool,
+                 counting: bool) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
+        """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
         own_done = link.waiter.now()
@@ -155,14 +157,12 @@ class Root:
                     self._take_late(answer)
             overdue = self._sums.overdue()
             if not missing and not overdue:
-                return answers
+                return answers, late
             now = link.waiter.now()
             for rank in missing | overdue:
                 if rank in missing and rank not in late and now > crew.deadline(rank, seq, own_done):
                     late.add(rank)
                     crew.suspect(rank)
-                    if counting:
-                        ledger.missed_deadline(rank)
                 link.kick(rank)
             if (
                 not exact
@@ -170,7 +170,7 @@ class Root:
                 and not overdue
                 and self._sums.affords(crew.share(kind, layer, missing), crew.share_done_without())
             ):
-                return answers
+                return answers, late
             if counting:
                 missing -= self._leave_behind(crew.silent(missing | overdue, now))
             link.waiter.wait()
@@ -204,14 +204,15 @@ class Root:
             if self._check:
                 self._check.add(estimate)
         else:
-            self._sums.open(seq, rank, share, estimate)
+            self._sums.open(seq, rank, (kind, layer, rank), share, estimate)
         return estimate[None]
 
     def _take_late(self, answer: Answer) -> None:
         """A partial sum of an earlier sync came: what it changes is added at the end of this one."""
-        correction = self._sums.arrived(answer.seq, answer.rank, answer.y)
-        if correction is not None:
-            self._corrections.append(correction)
+        entry = self._sums.arrived(answer.seq, answer.rank)
+        if entry:
+            self._corrections.append(answer.y - entry.estimate)
+            self._means.observe(entry.key, answer.y, entry.key[0] == Kind.ATTENTION)
             if self._check:
                 self._check.add(answer.y[0])
 
@@ -226,7 +227,6 @@ class Root:
         link = self._link
         if not self._sums:
             return x
-        self._sums.next_sync()
         while True:
             for answer in link.poll():
                 self._take_late(answer)

@@ -16,6 +16,7 @@ WORTH = 0.04
 FORGIVEN = 2  # the worst answers in the window: one hiccup of 40 ms is not a lossy link
 ENOUGH = 64  # answers before a deadline is short
 PATIENT_S = 0.025
+OUTAGE_S = 0.25
 FIRST_S = 0.05  # before anything is known
 
 
@@ -34,7 +35,9 @@ class Deadline:
         return self._usual_s
 
     def observe(self, latency_s: float) -> None:
-        """An answer came `latency_s` after its request."""
+        """An answer came `latency_s` after its request. An outage tells nothing of the usual time."""
+        if latency_s > OUTAGE_S:
+            return
         self._latencies[self._count % WINDOW] = latency_s
         self._count += 1
         if self._count % AGAIN == 0:

@@ -1,7 +1,7 @@
 """The format of a message: a 16-byte header, little-endian, then the vectors.
 
-    0     4          8       9      10     11     12      13    14    16
-    | seq | position | layer | rows | kind | wire | epoch | lag | zero | vectors [rows, width] ...
+    0     4          8       10    12     13     14     15      16
+    | seq | position | layer | lag | rows | kind | wire | epoch | vectors [rows, width] ...
 
 seq grows by one per request over the whole job, and an answer carries the seq of its request. position is the place in
 the text of the first of `rows` tokens; epoch counts the texts (modulo 256): what is asked under an old one is no longer
@@ -17,19 +17,19 @@ import numpy as np
 from halo_mpi.errors import HaloError
 
 HEADER = np.dtype(
-    [("seq", "<u4"), ("position", "<u4"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"), ("epoch", "u1"),
-     ("lag", "u1"), ("zero", "<u2")]
+    [("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("lag", "<u2"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
+     ("epoch", "u1")]
 )  # fmt: skip
 PROTOCOL = 2  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BLOCK = 32  # values that share a scale in q8
-MAX_LAYERS, EPOCHS = 256, 256
+EPOCHS = 256
 PINGS = 8  # with which the root begins
 
 
 class Kind(IntEnum):
-    """What a message is. Requests ask for an answer of the same kind, but for STOP, TRAILER and REPLAY."""
+    """What a message is. Each but a trailer is answered by one of the same kind."""
 
     PING = 1
     ATTENTION = 2
@@ -64,7 +64,7 @@ class Message:
         Raises HaloError if a value is too large for the wire format.
         """
         rows = 0 if x is None else len(x)
-        self.header[...] = (seq, position, layer, rows, kind, WIRES.index(wire), epoch, min(lag, 255), 0)
+        self.header[...] = (seq, position, layer, min(lag, 0xFFFF), rows, kind, WIRES.index(wire), epoch)
         size = rows * vector_bytes(self._width, wire)
         data = self.buffer[HEADER.itemsize : HEADER.itemsize + size]
         if rows:

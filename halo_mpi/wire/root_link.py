@@ -28,6 +28,7 @@ class Peer:
     suspect: bool = False  # missed a deadline and was not heard since
     kicks_in_flight: int = 0
     kick_at: float = 0.0
+    replays: int = 0  # that it has not done yet
     rtt_ms: float = 0.0
     asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
 
@@ -89,6 +90,7 @@ class RootLink:
 
         A replay has the seq of the last request: were it counted, what is open with other workers would seem older than it is.
         """
+        self.peers[rank].replays += 1
         self._mailbox.post([rank], Kind.REPLAY, self.seq, layer, position, x, epoch, wire="f16")
 
     def poll(self) -> Iterator[Answer]:
@@ -103,6 +105,8 @@ class RootLink:
             if kind == Kind.KICK:
                 peer.kicks_in_flight = max(0, peer.kicks_in_flight - 1)
                 self._forget(peer)
+            elif kind == Kind.REPLAY:
+                peer.replays -= 1
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:
                     raise ProtocolError(
@@ -127,6 +131,10 @@ class RootLink:
     def unanswered(self, rank: int) -> int:
         """How many syncs ago the last request was asked that the worker has taken in, counted up to its last one."""
         return self.peers[rank].asked_seq - self.peers[rank].answered_seq
+
+    def catch_up(self, rank: int) -> None:
+        """The worker was sent all that it missed: nothing is expected of what it was asked before."""
+        self.peers[rank].answered_seq = self.seq
 
     def probe(self, rank: int) -> None:
         """Send a kick whose answer will tell that the worker has taken in everything sent before."""

@@ -64,7 +64,9 @@ class WorkerLink:
     def answer(self, request: Request, y: np.ndarray | None) -> None:
         """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer."""
         self._done = request.seq
-        if y is not None:
+        if request.kind == Kind.REPLAY:
+            self._mailbox.post([ROOT], Kind.REPLAY, request.seq)
+        elif y is not None:
             self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
 
