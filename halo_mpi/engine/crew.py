@@ -85,7 +85,7 @@ class Crew:
         self._left_at[rank] = self._link.waiter.now()
 
     def stop_asking(self, rank: int) -> None:
-        """The worker is away, until it has taken in all that it was sent."""
+        """The worker is away, until it has received all that it was sent, and been sent all that it missed."""
         self._left_at.setdefault(rank, self._link.waiter.now())
         self._away.add(rank)
         self._link.probe(rank)

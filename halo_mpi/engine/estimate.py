@@ -3,9 +3,7 @@
 import numpy as np
 
 MEMORY = 64  # answers that the mean looks back on
-ATTENTION_LAST = (
-    0.6  # how much of the last answer's distance from the mean to keep; for the FFN it would be harmful (design, section 5)
-)
+ATTENTION_LAST = 0.6  # of the last answer's distance from the mean to keep; for the FFN it would be harmful
 
 
 class RunningMeans:

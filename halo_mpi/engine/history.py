@@ -5,9 +5,7 @@ import torch
 
 from halo_mpi.wire.root_link import RootLink
 
-CHUNK_BYTES = (
-    32 * 2**10
-)  # below the size from which MPI waits for the receiver, so that replays keep their place among the requests
+CHUNK_BYTES = 32 * 2**10  # of one message: below the size from which MPI waits for the receiver
 PORTION_BYTES = 256 * 2**10  # at once: more would fill the link and the worker's memory
 LAST_ROWS = 64  # so few may still be under way when a worker is asked again: it computes them in some ms
 F16_MAX = 65504.0

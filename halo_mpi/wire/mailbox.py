@@ -21,7 +21,7 @@ class Mailbox:
     """
 
     def __init__(self, comm: MPI.Comm, peers: list[int], rows: int, width: int, wire: str, trailers: bool = False):
-        self._comm, self._wire, self._trailers = comm, wire, trailers
+        self._wire, self._trailers = wire, trailers
         self._ring = ReceiveRing(comm, peers, DEPTH, rows, width)
         self._pools = [SendPool(comm, size, width) for size in (*(size for size in SIZES if size < rows), rows)]
         self.sent_bytes = dict.fromkeys(peers, 0)

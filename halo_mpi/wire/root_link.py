@@ -123,8 +123,7 @@ class RootLink:
         peer, now = self.peers[rank], self.waiter.now()
         if not self._kick_s or now < peer.kick_at or peer.kicks_in_flight >= KICKS_IN_FLIGHT:
             return
-        self._mailbox.post([rank], Kind.KICK, self.seq)
-        peer.kicks_in_flight += 1
+        self.probe(rank)
         backoff = max(0, peer.kicks_in_flight - KICKS_BEFORE_BACKOFF)
         peer.kick_at = now + min(self._kick_s * 2**backoff, max(LONGEST_KICK_S, self._kick_s))
 
