@@ -26,6 +26,7 @@ STOCK = ("--kick-ms", "0", "--no-trailer", "--no-tune-sockets")
 STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
 DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
 RELAXED = ("--sync", "relaxed")
+SOON = ("--deadline-ms", "1", "--quality", "0.6")
 OLD = ("--old-kernel", "--outage-ms", "30")
 MODES = {
     "strict": Mode("(a) strict, stock kernel", STRICT),
@@ -40,6 +41,7 @@ MODES = {
     ),
     "repair-f32": Mode("strict, losses repaired, f32", ("--sync", "strict", "--wire", "f32")),
     "relaxed-f32": Mode("relaxed, f32", (*RELAXED, "--wire", "f32"), exact=False),
+    "relaxed-f32-soon": Mode("relaxed, f32, late after 1 ms", (*RELAXED, "--wire", "f32", *SOON), exact=False),
     "repair": Mode("strict, losses repaired", ("--sync", "strict")),
     "repair-q8": Mode("strict, losses repaired, q8", ("--sync", "strict", "--wire", "q8")),
     "relaxed": Mode("relaxed", RELAXED, exact=False),
