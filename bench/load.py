@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from bench.cells import run_locally
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import Names, Numbers
 from bench.pagecache import drop, resident, warm
 from bench.results import ROOT, Results, run_benchmark

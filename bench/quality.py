@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from bench.cells import require_lab, run_in_lab
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import ENGINE_MODES, MODES, Names, Numbers
 from bench.results import Results, run_benchmark
 from bench.rounds import conclude, failures, measure

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bench import load, quality, scaling, scenes, stress, tpot, tradeoff
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 

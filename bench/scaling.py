@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from bench.cells import generation, require_lab, run_in_lab, run_locally
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.lab.scenario import load_scenario, tomllib
 from bench.modes import STRICT, Names, Numbers
 from bench.results import Results, run_benchmark

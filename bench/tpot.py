@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bench.cells import generation, require_lab, run_in_lab
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import MODES, Names, Numbers
 from bench.results import Results, run_benchmark
 from bench.rounds import conclude, failures, measure

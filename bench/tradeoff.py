@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from bench.cells import require_lab, run_in_lab, run_locally
-from bench.figures import figure, require_matplotlib
+from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import MODES, Numbers
 from bench.quality import language_reference, scored, scoring
 from bench.results import Results, run_benchmark
@@ -25,7 +25,13 @@ from bench.tpot import Box
 EXACT = ("strict", "strict-tuned", "repair-f32", "repair")
 WIRES = ("f16", "q8")
 CURVE = (("auto", 2, 0.3), ("auto", 8, 0.3), ("1", 8, 0.6))  # deadline in ms, max lag, quality
-OTHERS = {"relaxed-f32": 300, "relaxed-f32-soon": 300, "relaxed-old": 300, "repair-old": 100, "halo": 150}  # at the long loss; tokens
+OTHERS = {
+    "relaxed-f32": 300,
+    "relaxed-f32-soon": 300,
+    "relaxed-old": 300,
+    "repair-old": 100,
+    "halo": 150,
+}  # at the long loss; tokens
 EXACT_TOKENS = 400  # at most, in a time box
 TIMEOUT_S = 900.0
 

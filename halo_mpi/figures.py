@@ -1,4 +1,4 @@
-"""What all figures share. Nothing is plotted that is not in the JSON."""
+"""What all figures share."""
 
 from contextlib import contextmanager
 from pathlib import Path
