@@ -65,6 +65,10 @@ class Share:
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
+        return F.linear(self.mix(layer, x, position), self.layers[layer].o)
+
+    def mix(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
+        """What the own query heads read, before o: [T, heads * head_dim], for the normed input x [T, D]; appends K and V."""
         weights, (keys, values) = self.layers[layer], self.kv[layer]
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
@@ -79,7 +83,7 @@ class Share:
             if tokens > 1:
                 scores += torch.full((tokens, end), -torch.inf).triu(position + 1)
             mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
-        return F.linear(mixed.transpose(0, 1).reshape(tokens, -1), weights.o)
+        return mixed.transpose(0, 1).reshape(tokens, -1)
 
     def append(self, layer: int, x: torch.Tensor, position: int) -> None:
         """Only append K and V of the normed input x [T, D] at `position`."""
@@ -94,9 +98,13 @@ class Share:
 
     def ffn(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """Partial sum of the own FFN neurons, [T, D], for the normed input x [T, D]."""
+        return F.linear(self.activations(layer, x), self.layers[layer].down)
+
+    def activations(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What the own FFN neurons say, before down: [T, neurons], for the normed input x [T, D]."""
         weights = self.layers[layer]
         gate, up = F.linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, weights.down)
+        return F.silu(gate) * up
 
     def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """Rotary embedding of [heads, T, dim], pairing value i with value i + dim / 2 as Hugging Face does."""

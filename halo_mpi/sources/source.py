@@ -95,8 +95,7 @@ class Source:
         if order is None:
             return values
         if isinstance(values, Blocks):
-            minimum = None if values.minimum is None else values.minimum[order]
-            return Blocks(values.codes[order], values.scale[order], minimum)
+            return values.take(order, 0)
         return values[order]
 
     def _head_order(self, name: str, rows: int) -> np.ndarray | None:

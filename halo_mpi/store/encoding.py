@@ -57,6 +57,19 @@ class Blocks:
             codes += self.minimum.astype(np.float32)[..., None]
         return codes.reshape(rows, columns)
 
+    def take(self, indices: np.ndarray, axis: int) -> "Blocks":
+        """These rows (axis 0) or columns (axis 1), which must be whole blocks one after the other."""
+        scales = indices if axis == 0 else indices[::BLOCK] // BLOCK
+        minimum = None if self.minimum is None else self.minimum.take(scales, axis)
+        return Blocks(self.codes.take(indices, axis), self.scale.take(scales, axis), minimum)
+
+    @staticmethod
+    def join(parts: list["Blocks"], axis: int) -> "Blocks":
+        """Matrices below each other (axis 0) or side by side (axis 1)."""
+        minimum = None if parts[0].minimum is None else np.concatenate([part.minimum for part in parts], axis)
+        codes, scale = (np.concatenate([getattr(part, name) for part in parts], axis) for name in ("codes", "scale"))
+        return Blocks(codes, scale, minimum)
+
 
 def quantize(weights: np.ndarray, dtype: str) -> Blocks:
     """Round f32 [rows, columns] to blocks; columns a multiple of 32.

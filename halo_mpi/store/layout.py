@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 
-from halo_mpi.store.encoding import BLOCK, Blocks, decode, encode, encoded_bytes
+from halo_mpi.store.encoding import BLOCK, Blocks, decode, decode_blocks, encode, encoded_bytes
 
 FORMAT = 1  # of the files; another number cannot be read
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector register
@@ -60,6 +60,14 @@ class RecordLayout:
         part, start = self.parts[name], self.offsets[name]
         size = encoded_bytes(part.rows, part.columns, part.dtype)
         return decode(record[start : start + size], part.rows, part.columns, part.dtype)
+
+    def stored(self, record: np.ndarray, name: str) -> np.ndarray | Blocks:
+        """The same with quantized matrices as the blocks that they are, so that `pack` puts them back unchanged."""
+        part, start = self.parts[name], self.offsets[name]
+        if part.dtype not in ("int4", "int8"):
+            return self.unpack(record, name)
+        size = encoded_bytes(part.rows, part.columns, part.dtype)
+        return decode_blocks(record[start : start + size], part.rows, part.columns, part.dtype)
 
     def to_json(self) -> str:
         return json.dumps([[part.name, part.rows, part.columns, part.dtype] for part in self.parts.values()])

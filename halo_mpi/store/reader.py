@@ -104,6 +104,7 @@ class ModelStore:
         self.model = RecordFile(folder / MODEL_FILE)
         self.meta = self.model.meta
         self.digest = self.model.digest
+        self.model_id = self.meta.get("model_id", self.digest)  # the same for all versions of a model
         self.shards: dict[int, RecordFile] = {}
         for path in sorted(folder.glob("shard-*.h5")):
             number = int(re.sub(r"\D", "", path.stem) or -1)
@@ -129,6 +130,11 @@ class ModelStore:
             if name in file.tables and entry in file.tables[name].positions:
                 return file.read(name, layer, entry)
         raise InputError(f"no shard in {self.folder} holds {name} {entry}; copy the missing shard-KK.h5 to this host")
+
+    @property
+    def version(self) -> str:
+        """For people: which model, in which version."""
+        return f"{self.digest[:12]} ({'calibrated' if self.meta.get('calibration') else 'not calibrated'} {self.model_id[:12]})"
 
     def entries(self, name: str) -> set[int]:
         """The numbers of the table's entries that lie on this disk."""

@@ -35,3 +35,8 @@ def gather(comm: MPI.Comm, value: Any) -> list[Any]:
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     comm.Gatherv(data, [everything, sizes, starts, MPI.BYTE], ROOT)
     return [json.loads(everything[start : start + size].tobytes()) for start, size in zip(starts, sizes)]
+
+
+def add_up(comm: MPI.Comm, sums: np.ndarray) -> None:
+    """Add the ranks' arrays on the root, in place."""
+    comm.Reduce(MPI.IN_PLACE if comm.rank == ROOT else sums, sums if comm.rank == ROOT else None, MPI.SUM, ROOT)
