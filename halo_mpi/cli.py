@@ -10,7 +10,7 @@ from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, describe
 
 LOCAL = ("convert", "inspect")  # one process
-DISTRIBUTED = ("generate", "evaluate")  # one process per rank, under mpirun
+DISTRIBUTED = ("generate", "evaluate", "calibrate")  # one process per rank, under mpirun
 
 
 def run_local(command: click.Command, arguments: list[str] | None = None) -> None:

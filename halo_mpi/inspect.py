@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from halo_mpi.cli import run_local
-from halo_mpi.errors import DamagedFileError
+from halo_mpi.errors import DamagedFileError, UsageError
+from halo_mpi.figures import require_matplotlib
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.predict.shown import plot_calibration, print_calibration, stored_bytes
 from halo_mpi.progress import progress
 from halo_mpi.store.reader import ModelStore, RecordFile
 
@@ -18,11 +20,19 @@ from halo_mpi.store.reader import ModelStore, RecordFile
 @click.command(epilog="Example: halo-mpi inspect models/smollm2-135m.halo --verify")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read everything and check every checksum.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw what calibration found: a heat map of the importance, a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
-def inspect(model: Path, verify: bool, as_json: bool, verbose: bool) -> None:
-    """Show the shape, storage, sizes and digests of MODEL, a .halo folder, and of those of its shards that are here."""
+def inspect(model: Path, verify: bool, plot: Path | None, as_json: bool, verbose: bool) -> None:
+    """Show the shape, storage, sizes and digests of MODEL, a .halo folder, and of those of its shards that are here.
+
+    Of a calibrated model also what calibration found, layer by layer.
+    """
+    require_matplotlib(plot)
     store = ModelStore(model)
+    found = store.meta.get("calibration")
+    if plot and not found:
+        raise UsageError(f"{model} is not calibrated, so there is nothing to plot; run `halo-mpi calibrate {model}` first")
     facts = describe(store)
     if verify:
         facts["damaged"] = damaged_records(store)
@@ -30,6 +40,12 @@ def inspect(model: Path, verify: bool, as_json: bool, verbose: bool) -> None:
         click.echo(json.dumps(facts, indent=1))
     else:
         _print(facts)
+        if found:
+            model_bytes = sum(file["bytes"] for file in facts["files"])
+            sizes = facts["calibration_bytes"]
+            print_calibration(Console(highlight=False), found, ModelConfig.from_dict(store.meta["config"]), sizes, model_bytes)
+    if plot:
+        plot_calibration(found, plot)
     if verify and facts["damaged"]:
         raise DamagedFileError(f"{facts['damaged'][0]} ({len(facts['damaged'])} damaged records in all)")
     if verify:
@@ -38,7 +54,7 @@ def inspect(model: Path, verify: bool, as_json: bool, verbose: bool) -> None:
 
 def describe(store: ModelStore) -> dict:
     """The facts that `inspect` prints."""
-    config = ModelConfig.from_dict(store.meta["config"])
+    config, found = ModelConfig.from_dict(store.meta["config"]), store.meta.get("calibration")
     files = [_describe_file(file) for file in (store.model, *store.shards.values())]
     missing = sorted(set(range(store.meta["shards"])) - set(store.shards))
     shape = config.to_dict() | {"group_size": config.group_size, "groups": config.groups, "parameters": config.parameters}
@@ -50,7 +66,9 @@ def describe(store: ModelStore) -> dict:
         "source": store.meta["source"],
         "biases": store.meta["biases"],
         "chat_template": store.meta["tokenizer"]["chat_template"] is not None,
-        "calibration": None,
+        "model_id": store.model_id,
+        "calibration": found,
+        "calibration_bytes": stored_bytes(store) if found else None,
         "shards": store.meta["shards"],
         "shards_missing_here": missing,
         "files": files,
@@ -91,7 +109,7 @@ def _describe_file(file: RecordFile) -> dict:
 def _print(facts: dict) -> None:
     console, config = Console(highlight=False), facts["config"]
     console.print(f"[bold]{escape(config['name'])}[/]  {config['parameters'] / 1e6:.1f} M parameters, stored as {facts['dtype']}")
-    console.print(f"digest {facts['digest']}")
+    console.print(f"digest {facts['digest']}, model {facts['model_id'][:12]}")
     console.print(f"source {', '.join(f'{key} {value}' for key, value in facts['source'].items())}", markup=False)
     console.print(
         f"{config['layers']} layers, hidden {config['hidden']}, {config['heads']} query heads on {config['kv_heads']} KV heads of "
@@ -101,7 +119,7 @@ def _print(facts: dict) -> None:
     features = {"RoPE scaling": config["rope_factors"] is not None, "chat template": facts["chat_template"],
                 f"biases of {', '.join(facts['biases'])}": facts["biases"], "calibration": facts["calibration"]}  # fmt: skip
     console.print("has " + (", ".join(name for name, present in features.items() if present) or "no extras")
-                  + ("" if facts["calibration"] else "; not calibrated"))  # fmt: skip
+                  + ("" if facts["calibration"] else "; not calibrated (see `halo-mpi calibrate`)"))  # fmt: skip
     table = Table("file", "size, MB", "holds", "digest")
     for file in facts["files"]:
         holds = ", ".join(f"{name} {_ranges(grid['entries'])}" for name, grid in file["tables"].items())

@@ -1,0 +1,42 @@
+"""The machine that a rank runs on, and its part of it."""
+
+import os
+import platform
+import socket
+from pathlib import Path
+
+import torch
+from mpi4py import MPI
+
+from halo_mpi.wire.exchange import broadcast, gather
+
+
+def this_machine() -> str:
+    """The host's name and what tells it from others of that name: boards from one image may all have the same."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot_id = ""
+    return f"{socket.gethostname()} {boot_id}"
+
+
+def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int]:
+    """Give torch `threads`, or this rank's part of the cores (collective); every rank's host, and how many ranks are on this one."""
+    machines = broadcast(comm, gather(comm, this_machine()))
+    here = machines.count(this_machine())
+    torch.set_num_threads(threads or max(1, _cores() // here))
+    return [machine.partition(" ")[0] for machine in machines], here
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def mpi_name() -> str:
+    """For example "Open MPI 5.0.11"."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
+def machine_name() -> str:
+    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,63 @@
+"""What a worker's partial sum probably is, from the layer's input: the calibration's low-rank estimates, added up per worker."""
+
+import numpy as np
+
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.schedule.placement import Plan
+from halo_mpi.store.reader import ModelStore
+from halo_mpi.wire.messages import Kind
+
+PARTS = {Kind.ATTENTION: ("heads", "head_estimate"), Kind.FFN: ("groups", "group_estimate")}
+
+
+class LowRankEstimates:
+    """Of every (kind, layer, worker). With memory m, the worker's last answer tells of the error that the estimate has now:
+
+        y(t) is about f(x(t)) + m (y(s) - f(x(s)))   for the last answer that came, to x(s)
+
+    which needs f only once, since it is affine. Held in f16: 2 (2 rank + 1) D bytes for each group and head of the workers.
+    """
+
+    def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
+        self._maps: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]] = {}
+        self._last: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        found = store.meta["calibration"]
+        for kind, owners in ((Kind.ATTENTION, plan.query), (Kind.FFN, plan.ffn)):
+            name, table = PARTS[kind]
+            for layer in range(config.layers):
+                for rank in range(1, ranks):
+                    own = np.flatnonzero(owners[layer] == rank).tolist()
+                    if own:
+                        memory = float(np.clip(np.mean([found[name]["memory"][layer][entry] for entry in own]), 0, 1))
+                        self._maps[kind, layer, rank] = (*_joined(store, table, layer, own), np.float32(memory))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self._maps.values() for array in arrays)
+
+    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
+        self._last[kind, layer, rank] = x[-1].copy(), y[-1].copy()
+
+    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
+        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
+        inward, outward, bias, memory = self._maps[kind, layer, rank]
+        inputs, rest = x[-1], bias.astype(np.float32)
+        last = self._last.get((kind, layer, rank))
+        if last:
+            inputs, rest = inputs - memory * last[0], (1 - memory) * rest + memory * last[1]
+        return (inward.astype(np.float32) @ inputs) @ outward.astype(np.float32) + rest
+
+
+def estimate_bytes(store: ModelStore, config: ModelConfig, plan: Plan) -> int:
+    """Bytes that LowRankEstimates will need."""
+    parts = int((plan.query > 0).sum() + (plan.ffn > 0).sum())
+    return 2 * parts * (2 * store.meta["calibration"]["rank"] + 1) * config.hidden
+
+
+def _joined(store: ModelStore, table: str, layer: int, entries: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sum of some estimates as one of their ranks' sum: f16 inward, outward [rank, D], bias [D]."""
+    layout, records = store.layout(table), [store.read(table, layer, entry) for entry in entries]
+    inward, outward = (np.concatenate([layout.unpack(record, name) for record in records]) for name in ("inward", "outward"))
+    bias = sum(layout.unpack(record, "bias")[0] for record in records)
+    return inward.astype(np.float16), outward.astype(np.float16), bias.astype(np.float16)

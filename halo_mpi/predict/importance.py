@@ -1,0 +1,61 @@
+"""How much each worker's part of a sync matters for the token at hand, told one layer ahead."""
+
+import numpy as np
+
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.schedule.placement import Plan
+from halo_mpi.store.reader import ModelStore
+from halo_mpi.wire.messages import Kind
+
+LEAST_SENSITIVITY = 0.1  # of the mean: measured on few tokens, a layer can seem to cost nothing
+
+
+class PredictedShares:
+    """The workers' shares of each sync's importance: |output| as predicted, times what this layer's missing parts cost.
+
+    Over all ranks and the syncs of a token, shares add up to the number of syncs, as even shares of work do.
+    """
+
+    def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
+        found, layout = store.meta["calibration"], store.layout("importance")
+        records = [store.read("importance", layer, 0) for layer in range(config.layers)]
+        self._weight = [layout.unpack(record, "weight") for record in records]
+        self._bias = [layout.unpack(record, "bias")[0] for record in records]
+        self._groups, self._ranks = config.groups, ranks
+        self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+        self._cost = _relative_costs(found["sensitivity"], config.layers)
+        usual = {Kind.ATTENTION: found["heads"]["importance"], Kind.FFN: found["groups"]["importance"]}
+        self._shares = {
+            (kind, layer): self._by_rank(kind, layer, np.asarray(usual[kind][layer]))
+            for kind in usual
+            for layer in range(config.layers)
+        }
+        self._usual = np.mean(list(self._shares.values()), axis=0)
+
+    def look_ahead(self, layer: int, x: np.ndarray) -> None:
+        """Predict the shares of a layer's two syncs from x, f32 [1, D]: the FFN's input in the layer before, or the first input."""
+        if layer < len(self._weight):
+            sizes = np.exp(self._weight[layer] @ x[-1] + self._bias[layer])
+            self._shares[Kind.FFN, layer] = self._by_rank(Kind.FFN, layer, sizes[: self._groups])
+            self._shares[Kind.ATTENTION, layer] = self._by_rank(Kind.ATTENTION, layer, sizes[self._groups :])
+
+    def share(self, kind: Kind, layer: int, ranks: set[int]) -> float:
+        """The workers' part of a sync."""
+        shares = self._shares[kind, layer]
+        return float(sum(shares[rank] for rank in ranks))
+
+    def usual(self, ranks: set[int]) -> float:
+        """Their part of a sync, the mean over all syncs and the calibration's text."""
+        return float(sum(self._usual[rank] for rank in ranks))
+
+    def _by_rank(self, kind: Kind, layer: int, sizes: np.ndarray) -> np.ndarray:
+        owned = np.bincount(self._owners[kind][layer], sizes, self._ranks)
+        return owned * (self._cost[kind][layer] / sizes.sum())
+
+
+def _relative_costs(sensitivity: list | None, layers: int) -> dict[Kind, np.ndarray]:
+    """What a missing part costs in each layer's attention and FFN, relative to the mean of all."""
+    cost = np.ones((layers, 2)) if sensitivity is None else np.asarray(sensitivity)
+    cost = np.maximum(cost, LEAST_SENSITIVITY * cost.clip(min=0).mean())
+    cost = cost / cost.mean() if cost.mean() > 0 else np.ones((layers, 2))
+    return {Kind.ATTENTION: cost[:, 0], Kind.FFN: cost[:, 1]}

@@ -1,0 +1,135 @@
+"""The calibration of one layer: every token passes through it, moments are summed up, and all that is stored is fitted.
+
+attention   x -> normed -> mixed (what the heads read) -> o     estimates of each head's output from `normed`
+FFN         x -> normed -> activations -> down                  order of the neurons, then estimates of each group's output
+importance  inputs of the layer before -> log |output| of each group and head of this one
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.llama import Share, Trunk, rms_norm
+from halo_mpi.predict.fits import Judged, LayerFit, LowRank
+from halo_mpi.predict.judge import judge_estimates, judge_importance
+from halo_mpi.predict.moments import Moments
+from halo_mpi.predict.sorting import order_of, put_in_order
+from halo_mpi.wire.exchange import add_up, broadcast
+
+ESTIMATE_RIDGE, IMPORTANCE_RIDGE = 0.1, 0.05  # the prototypes'
+SKIPPED = 1  # tokens at the start of a window: attention sinks, with activations a hundred times larger
+ORDER_FROM = 4  # every so manieth window decides the neurons' order
+TINY = 1e-12
+
+
+@dataclass(slots=True)
+class Walkers:
+    """What a rank carries from layer to layer: the residual vectors of its windows, and what the importance is predicted from."""
+
+    x: torch.Tensor  # f32 [W, T, D]
+    ahead: torch.Tensor  # f16 [W, T, D], the FFN's normed inputs of the layer before; at first the embedding's
+    held_out: int  # so many windows, the first ones, are not fitted to: the fit is judged by them
+
+
+class LayerCalibration:
+    """One layer, which `share` holds alone and whole. Collective; `unit`: neurons that stay together when they are sorted."""
+
+    def __init__(self, comm, config: ModelConfig, share: Share, trunk: Trunk, layer: int, unit: int):
+        self._comm, self._config, self._share, self._trunk, self._layer = comm, config, share, trunk, layer
+        self._weights, self._unit = share.layers[0], unit
+        dim = config.head_dim
+        self._heads = [slice(head * dim, (head + 1) * dim) for head in range(config.heads)]
+        groups = [config.group_neurons(group) for group in range(config.groups)]
+        self._groups = [slice(group.start, group.stop) for group in groups]
+
+    def run(self, walkers: Walkers, rank: int) -> LayerFit | None:
+        """Move the walkers through the layer; on the root, the fit, with estimates of `rank`."""
+        config, held = self._config, walkers.held_out
+        if self._layer == 0:
+            walkers.ahead = self._normed(walkers.x, self._trunk.attention_norms).half()
+        heads, attention, seen = Moments(config.hidden, config.heads * config.head_dim), [], []
+        for window, x in enumerate(walkers.x):
+            inputs = self._normed(x, self._trunk.attention_norms)
+            mixed = self._share.mix(0, inputs, 0)
+            self._advance(x, mixed, self._weights.o, self._trunk.o_bias, heads if window >= held else None, inputs)
+            attention.append(norms(mixed, self._weights.o, self._heads))
+            if window < held:
+                seen.append((inputs, mixed))
+        head_fits = self._estimates(heads, self._weights.o, self._heads, rank)
+        del heads
+        order = self._sort(walkers)
+        ffn, importance = Moments(config.hidden, config.ffn), Moments(config.hidden, config.groups + config.heads)
+        sizes = torch.zeros(config.groups + config.heads, dtype=torch.float64)
+        judged_norms = []
+        for window, x in enumerate(walkers.x):
+            inputs = self._normed(x, self._trunk.ffn_norms)
+            activations = self._share.activations(0, inputs)
+            self._advance(x, activations, self._weights.down, self._trunk.down_bias, ffn if window >= held else None, inputs)
+            size = torch.cat((norms(activations, self._weights.down, self._groups), attention[window]), 1)
+            if window < held:
+                seen[window] += (inputs, activations)
+                judged_norms.append((walkers.ahead[window].float(), size))
+            else:
+                importance.add(walkers.ahead[window][SKIPPED:].float(), size[SKIPPED:].log())
+                sizes += size[SKIPPED:].sum(0)
+            walkers.ahead[window] = inputs.half()
+        group_fits = self._estimates(ffn, self._weights.down, self._groups, rank)
+        importance.add_up(self._comm)
+        add_up(self._comm, sizes.numpy())
+        if self._comm.rank:
+            return None
+        fit = importance.solve(IMPORTANCE_RIDGE)
+        weight, bias = fit.coefficients.T.contiguous(), fit.mean_z - fit.mean_x @ fit.coefficients
+        judged = Judged(
+            *judge_importance(judged_norms, weight, bias, config.groups, SKIPPED),
+            *judge_estimates([(s[2], s[3]) for s in seen], self._weights.down, self._groups, group_fits, SKIPPED),
+            *judge_estimates([(s[0], s[1]) for s in seen], self._weights.o, self._heads, head_fits, SKIPPED),
+        )
+        shares = torch.cat([part / part.sum() for part in sizes.split((config.groups, config.heads))])
+        return LayerFit(order, group_fits, head_fits, weight.numpy(), bias.numpy(), shares.float().numpy(), judged)
+
+    def _normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, norm[self._layer], self._config.norm_eps)
+
+    def _advance(self, x: torch.Tensor, inner: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None,
+                 moments: Moments | None, inputs: torch.Tensor) -> None:  # fmt: skip
+        """Add out(inner) to the window's residual vectors x, and count what `inner` was for these inputs.
+
+        Each token counts by 1 / |output|^2, so that relative errors are what is made small: outputs differ a thousandfold.
+        """
+        y = F.linear(inner, out)
+        x += y if bias is None else y + bias[self._layer]
+        if moments:
+            weight = 1 / y.pow(2).sum(-1).clamp(min=TINY)
+            moments.add(inputs[SKIPPED:], inner[SKIPPED:], weight[SKIPPED:])
+
+    def _estimates(self, moments: Moments, out: torch.Tensor, parts: list[slice], rank: int) -> list[LowRank]:
+        moments.add_up(self._comm)
+        if self._comm.rank:
+            return []
+        fit = moments.solve(ESTIMATE_RIDGE)
+        return [fit.low_rank(part, out[:, part], rank) for part in parts]
+
+    def _sort(self, walkers: Walkers) -> np.ndarray:
+        """Find the order of the layer's neurons and put its weights in that order."""
+        size = torch.zeros(self._config.ffn, dtype=torch.float64)
+        for x in walkers.x[walkers.held_out :: ORDER_FROM]:
+            size += self._share.activations(0, self._normed(x, self._trunk.ffn_norms))[SKIPPED:].abs().sum(0)
+        add_up(self._comm, size.numpy())
+        importance = size * self._weights.down.norm(dim=0)
+        order = np.array(broadcast(self._comm, order_of(importance.numpy(), self._unit).tolist()))
+        put_in_order(self._weights, order, self._unit)
+        return order
+
+
+def norms(inner: torch.Tensor, out: torch.Tensor, parts: list[slice]) -> torch.Tensor:
+    """|out[:, part] inner[:, part]| for each part and token, [T, parts]; by way of out' out, which is smaller."""
+    found = []
+    for part in parts:
+        own = inner[:, part]
+        gram = out[:, part].T @ out[:, part]
+        found.append(((own @ gram) * own).sum(-1).clamp(min=TINY).sqrt())
+    return torch.stack(found, 1)
