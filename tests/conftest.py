@@ -9,7 +9,7 @@ from bench.lab.scenario import Host, Scenario
 from halo_mpi.convert import write_model
 from halo_mpi.sources import open_source
 from tests.lab import why_not
-from tests.mpi import ROOT
+from tests.mpi import ROOT, halo, succeed
 from tests.tiny_models import TINY, write_tiny_hf
 
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -19,6 +19,10 @@ def converted(source: Path, out: Path, dtype: str, shards: int = 4) -> Path:
     with open_source(source) as opened:
         write_model(opened, out, dtype, shards)
     return out
+
+
+def calibrate(model: Path, *options, ranks: int = 1) -> None:
+    succeed(halo(ranks, "calibrate", model, *map(str, options)))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +58,16 @@ def deep(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deep")
     write_tiny_hf(folder / "source", replace(TINY, layers=5))
     return converted(folder / "source", folder / "deep.halo", "f32", shards=1)
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory) -> Path:
+    """The deep model, calibrated on the text that is shipped."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    write_tiny_hf(folder / "source", replace(TINY, layers=5))
+    model = converted(folder / "source", folder / "calibrated.halo", "f32", shards=2)
+    calibrate(model, "--tokens", 4000, "--window", 64)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import numpy as np
 
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
+from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.root import Root, even_shares
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
@@ -25,7 +26,8 @@ from halo_mpi.wire.worker_link import WorkerLink
 
 TICK_S = 2e-4
 STRICT = SyncOptions(mode="strict", wire="f32", late="defer", max_lag=4, quality=0.3, deadline_ms=1.0, kick_ms=1.0, outage_ms=300.0,
-                     trailer=False, tune_sockets=False, old_kernel=False, check=True)  # fmt: skip
+                     trailer=False, tune_sockets=False, old_kernel=False, check=True,
+                     calibration=True)  # fmt: skip
 
 
 class Clock:
@@ -82,13 +84,17 @@ class Box:
 class Simulation:
     """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds."""
 
-    def __init__(self, model: Path, ranks: int, sync: SyncOptions, delays: list[list[float]], stalls: list[list[float]], context: int):
+    def __init__(
+        self, model: Path, ranks: int, sync: SyncOptions, delays: list[list[float]], stalls: list[list[float]], context: int
+    ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
         disks = [{table: set(store.entries(table)) for table in ("query", "ffn")}] * ranks
-        plan = make_plan(config, "even", disks)
+        plan = make_plan(config, "auto", disks, store.meta.get("calibration"))
         self.clock = Clock()
-        boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)]
+        boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [
+            Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
+        ]
         self.shares = [self._share(store, plan, rank, context) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):
@@ -102,7 +108,9 @@ class Simulation:
         workers = list(range(1, ranks))
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
-        self.root = Root(config, load_trunk(store, config), self.shares[0], plan, link, Marks(None, 0), sync, context, self.notes.append)
+        predictor = make_predictor(store, config, plan, ranks, sync.calibration)
+        trunk = load_trunk(store, config)
+        self.root = Root(config, trunk, self.shares[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor)
         store.close()
 
     def _share(self, store, plan, rank, context) -> Share:

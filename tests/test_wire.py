@@ -1,4 +1,4 @@
-"""The parts of the wire, each alone: the format of messages, deadlines, kicks, estimates, sockets."""
+"""The parts of the wire, each alone: the format of messages, deadlines, kicks, sockets."""
 
 import itertools
 import os
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from halo_mpi.engine.estimate import ATTENTION_LAST, MEMORY, RunningMeans
 from halo_mpi.errors import HaloError
 from halo_mpi.wire import mailbox
 from halo_mpi.wire.deadline import ENOUGH, FIRST_S, FORGIVEN, PATIENT_S, WINDOW, Deadline
@@ -291,49 +290,6 @@ def test_without_kicks_there_are_none():
     star = Star(0.0, 1e6)
     star.ask()
     assert not star.wait(1.0)
-
-
-# Estimates
-
-
-def test_before_the_first_answer_the_estimate_is_zero():
-    means = RunningMeans(3)
-    means.observe("other", np.ones((1, 3), np.float32), keep_last=True)
-    assert means.estimate("key").tolist() == [0, 0, 0]
-
-
-def test_the_estimate_is_the_mean_of_what_came():
-    means, y = RunningMeans(4), vectors(MEMORY, 4)
-    for row in y[:40]:
-        means.observe("key", row[None], keep_last=False)
-    means.observe("key", y[40:], keep_last=False)  # a prompt's rows count one by one
-    assert np.allclose(means.estimate("key"), y.mean(0), rtol=1e-4, atol=1e-4)
-
-
-def test_old_answers_fade():
-    means, y = RunningMeans(1), np.zeros((1, 1), np.float32)
-    for _ in range(10 * MEMORY):
-        means.observe("key", y, keep_last=False)
-    for _ in range(3 * MEMORY):
-        means.observe("key", y + 1, keep_last=False)
-    assert 0.9 < means.estimate("key")[0] < 1
-
-
-def test_the_last_answer_counts_where_it_is_kept():
-    means, y = RunningMeans(2), np.array([[0, 8], [0, 0], [4, 0], [4, 0]], np.float32)
-    for row in y:
-        means.observe("kept", row[None], keep_last=True)
-    assert means.estimate("kept") == pytest.approx([2 + 2 * ATTENTION_LAST, 2 - 2 * ATTENTION_LAST])
-
-
-@pytest.mark.parametrize("keep_last", [False, True])
-def test_an_estimate_stays_what_it_was(keep_last):
-    means, y = RunningMeans(2), np.ones((1, 2), np.float32)
-    means.observe("key", y, keep_last)
-    first = means.estimate("key")
-    means.observe("key", 3 * y, keep_last)
-    y[:] = 7
-    assert first.tolist() == [1, 1] and (means.estimate("key") <= 3).all()
 
 
 # Receiving

@@ -9,7 +9,6 @@ away    --> present    heard again, and sent every attention input that it misse
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from halo_mpi.engine.history import AttentionInputs
@@ -26,9 +25,7 @@ class Crew:
                  note: Callable[[str], None]):  # fmt: skip
         self._link, self._outage_s, self._note = link, outage_s, note
         owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
-        self._shares = {kind: [_shares(row, link.ranks) for row in table] for kind, table in owners.items()}
         self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
-        self._largest = np.max([row for table in self._shares.values() for row in table], axis=0)  # of each rank, in any sync
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
         self._history = None
@@ -39,10 +36,6 @@ class Crew:
         """The workers that have a part in this sync, and those of them that are asked to do it."""
         workers = self._workers[kind][layer]
         return workers, [rank for rank in workers if rank not in self._away] if self._away else workers
-
-    def share(self, kind: Kind, layer: int, ranks: set[int]) -> float:
-        """The workers' part of a sync's work."""
-        return float(sum(self._shares[kind][layer][rank] for rank in ranks))
 
     def deadline(self, rank: int, seq: int, own_done: float) -> float:
         """Until when to wait for the answer to request `seq`."""
@@ -64,9 +57,9 @@ class Crew:
             if now - self._waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
         }
 
-    def share_done_without(self, *more: int) -> float:
-        """The largest part of a sync's work that belongs to workers that are behind or away, and to these."""
-        return float(self._largest[list({*self._left_at, *more})].sum())
+    def done_without(self) -> set[int]:
+        """The workers that are behind or away."""
+        return set(self._left_at)
 
     def does_without(self, rank: int) -> bool:
         """Whether the worker is behind or away."""
@@ -121,7 +114,3 @@ class Crew:
                 self._link.catch_up(rank)
                 self._note(f"rank {rank} is back, with all that it missed")
             del self._left_at[rank]
-
-
-def _shares(owners: np.ndarray, ranks: int) -> np.ndarray:
-    return np.bincount(owners.ravel(), minlength=ranks) / owners.size

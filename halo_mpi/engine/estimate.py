@@ -1,13 +1,16 @@
-"""What the root puts in for a partial sum that is late: a running mean of those that came."""
+"""What the root puts in for a late partial sum of a model that is not calibrated: a running mean of those that came."""
 
 import numpy as np
+
+from halo_mpi.wire.messages import Kind
 
 MEMORY = 64  # answers that the mean looks back on
 ATTENTION_LAST = 0.6  # of the last answer's distance from the mean to keep; for the FFN it would be harmful
 
 
 class RunningMeans:
-    """Means of the partial sums of every (kind, layer, worker), f32 [D] each; zero before the first."""
+    """Means of the partial sums of every (kind, layer, worker), f32 [D] each; zero before the first. Has the methods of
+    `LowRankEstimates`."""
 
     def __init__(self, width: int):
         self._zero = np.zeros(width, np.float32)
@@ -15,8 +18,9 @@ class RunningMeans:
         self._counts: dict[tuple, int] = {}
         self._last: dict[tuple, np.ndarray] = {}
 
-    def observe(self, key: tuple, y: np.ndarray, keep_last: bool) -> None:
-        """Partial sums y, f32 [T, D], came; `keep_last` where the last one helps to guess the next."""
+    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
+        key = kind, layer, rank
         count = min(self._counts.get(key, 0) + len(y), MEMORY)
         new = y[0] if len(y) == 1 else y.mean(0)
         mean = self._means.get(key)
@@ -25,10 +29,11 @@ class RunningMeans:
         else:
             mean += (new - mean) * np.float32(min(1.0, len(y) / count))
         self._counts[key] = count
-        if keep_last:
+        if kind == Kind.ATTENTION:
             self._last[key] = y[-1].copy()  # not a view of a whole prompt's
 
-    def estimate(self, key: tuple) -> np.ndarray:
-        """The guess, f32 [D]."""
+    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
+        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
+        key = kind, layer, rank
         mean, last = self._means.get(key, self._zero), self._last.get(key)
         return mean.copy() if last is None else mean + np.float32(ATTENTION_LAST) * (last - mean)

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from halo_mpi.engine.ledger import Ledger
+from halo_mpi.wire.messages import Kind
 
 
 @dataclass(slots=True)
 class OpenSum:
-    """An estimate [D] in the place of a partial sum; `missed`: how many syncs' inputs lacked the actual one."""
+    """An estimate [D] in the place of the answer to x [1, D]; `missed`: how many syncs' inputs lacked the actual one."""
 
     seq: int
     rank: int
-    key: tuple  # of the estimate
+    kind: Kind
+    layer: int
+    x: np.ndarray
     estimate: np.ndarray
     missed: int = 0
 
@@ -55,10 +58,10 @@ class OpenSums:
         """Whether this share of the present sync may be inexact too, while `away` of this and every later one will be."""
         return self._max_lag > 0 and self._inexact + share + away * self._syncs_left <= self._budget
 
-    def open(self, seq: int, rank: int, key: tuple, share: float, estimate: np.ndarray) -> None:
+    def open(self, entry: OpenSum, share: float) -> None:
         """The estimate goes in for now."""
         self._inexact += share
-        self._open[seq, rank] = OpenSum(seq, rank, key, estimate)
+        self._open[entry.seq, entry.rank] = entry
 
     def substitute(self, rank: int, share: float) -> None:
         """An estimate goes in for good."""

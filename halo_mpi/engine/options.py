@@ -43,6 +43,7 @@ class SyncOptions:
     tune_sockets: bool
     old_kernel: bool
     check: bool
+    calibration: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,11 @@ _OPTIONS = (
                  help="Let TCP repair losses after 8 ms instead of 200, in this program's own connections (Linux 6.15; no root needed)."),
     click.option("--old-kernel", is_flag=True, help="Tune as if the kernel were older than 6.15; for measurements."),
     click.option("--check", is_flag=True, help="Recompute on the root what was added up, and stop if it is wrong."),
+    click.option("--calibration/--no-calibration", default=True, show_default=True,
+                 help="relaxed: use what `halo-mpi calibrate` found out about the model, if it was calibrated."),
     click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
-                 help="Who computes what. auto: even. FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
+                 help="Who computes what. auto: even shares, and of a calibrated model the most important ones on the root. "
+                      "FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
     click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
     click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
                  help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import Crew
-from halo_mpi.engine.estimate import RunningMeans
 from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.marks import Marks
-from halo_mpi.engine.open_sums import OpenSums
+from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
+from halo_mpi.engine.predictor import Predictor
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink
@@ -42,7 +42,7 @@ class Root:
     """
 
     def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks,
-                 sync: SyncOptions, context: int, note: Callable[[str], None]):  # fmt: skip
+                 sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor):  # fmt: skip
         self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
@@ -50,7 +50,7 @@ class Root:
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
         self.crew = Crew(config, plan, link, self._relaxed, context, sync.outage_ms / 1e3, note)
-        self._means = RunningMeans(config.hidden) if self._relaxed else None
+        self._shares, self._estimates = predictor.shares, predictor.estimates
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
         self._epoch = 0
@@ -107,6 +107,8 @@ class Root:
             self._marks.pace(start, self._even_shares[kind][layer])
             self.compute_s += time.perf_counter() - start
             x = self._add(x, own)
+        if self._relaxed and decoding:
+            self._look_ahead(kind, layer, normed.numpy())
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
@@ -115,11 +117,11 @@ class Root:
             if decoding and (rank in late or rank not in answers):
                 self.ledger.missed_deadline(rank)
             if rank in answers:
-                if self._means:
-                    self._means.observe((kind, layer, rank), answers[rank], kind == Kind.ATTENTION)
+                if self._relaxed:
+                    self._estimates.observe(kind, layer, rank, normed.numpy(), answers[rank])
                 x = self._add(x, torch.from_numpy(answers[rank]))
             else:
-                x = x + torch.from_numpy(self._stand_in(seq, kind, layer, rank))
+                x = x + torch.from_numpy(self._stand_in(seq, kind, layer, rank, normed.numpy()))
         x = self._correct(x)
         if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
@@ -168,7 +170,7 @@ class Root:
                 not exact
                 and missing <= late
                 and not overdue
-                and self._sums.affords(crew.share(kind, layer, missing), crew.share_done_without())
+                and self._sums.affords(self._shares.share(kind, layer, missing), self._shares.usual(crew.done_without()))
             ):
                 return answers, late
             if counting:
@@ -186,7 +188,7 @@ class Root:
         """Do without these workers, as far as the run's quality allows it; those that are behind now."""
         gone = set()
         for rank in ranks:
-            if not self._relaxed or not self._sums.affords(0.0, self.crew.share_done_without(rank)):
+            if not self._relaxed or not self._sums.affords(0.0, self._shares.usual(self.crew.done_without() | {rank})):
                 continue
             gone.add(rank)
             self.crew.leave(rank)
@@ -195,16 +197,21 @@ class Root:
                     self._check.add(entry.estimate)
         return gone
 
-    def _stand_in(self, seq: int, kind: Kind, layer: int, rank: int) -> np.ndarray:
-        """The estimate, f32 [1, D], for a partial sum that is not there."""
-        estimate = self._means.estimate((kind, layer, rank)) * np.float32(not self._drops)
-        share = self.crew.share(kind, layer, {rank})
+    def _look_ahead(self, kind: Kind, layer: int, normed: np.ndarray) -> None:
+        """Predict what matters in the next layer, while the workers compute; and in the first one, at its start."""
+        if kind == Kind.FFN or layer == 0:
+            self._shares.look_ahead(layer + (kind == Kind.FFN), normed)
+
+    def _stand_in(self, seq: int, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
+        """The estimate, f32 [1, D], for the answer to x that is not there."""
+        estimate = np.zeros_like(x[-1]) if self._drops else self._estimates.estimate(kind, layer, rank, x)
+        share = self._shares.share(kind, layer, {rank})
         if self._drops or self.crew.does_without(rank):
             self._sums.substitute(rank, share)
             if self._check:
                 self._check.add(estimate)
         else:
-            self._sums.open(seq, rank, (kind, layer, rank), share, estimate)
+            self._sums.open(OpenSum(seq, rank, kind, layer, x, estimate), share)
         return estimate[None]
 
     def _take_late(self, answer: Answer) -> None:
@@ -212,7 +219,7 @@ class Root:
         entry = self._sums.arrived(answer.seq, answer.rank)
         if entry:
             self._corrections.append(answer.y - entry.estimate)
-            self._means.observe(entry.key, answer.y, entry.key[0] == Kind.ATTENTION)
+            self._estimates.observe(entry.kind, entry.layer, entry.rank, entry.x, answer.y)
             if self._check:
                 self._check.add(answer.y[0])
 

@@ -5,13 +5,10 @@
 Every step is taken together: a failure on one rank ends all with one line from the root.
 """
 
-import os
-import platform
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -20,9 +17,11 @@ from mpi4py import MPI
 
 from halo_mpi.engine.agreement import require_equal, together
 from halo_mpi.engine.history import history_bytes
+from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
+from halo_mpi.engine.predictor import make_predictor, predictor_bytes
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import HaloError
@@ -49,20 +48,16 @@ class Session:
 
     def __init__(self, comm: MPI.Comm, run: RunOptions):
         self.begin = time.perf_counter()
-        self.comm, self.host = comm, socket.gethostname()
-        self.machine = f"{self.host} {_boot_id()}"  # boards from one image may all have the same name
+        self.comm, self.host, self.machine = comm, socket.gethostname(), this_machine()
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
         self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
         sharpen_timers()
         self.run = self._with_roots_options(run)
-        machines = broadcast(comm, gather(comm, self.machine))
-        self.hosts = [machine.partition(" ")[0] for machine in machines]
-        self.ranks_on_host = machines.count(self.machine)
-        torch.set_num_threads(self.run.threads or max(1, _cores() // self.ranks_on_host))
+        self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
         self.store = self._together(lambda: ModelStore(self.run.model))
-        require_equal(comm, f"model in {self.run.model}", self.store.digest, "copy one conversion to all hosts")
+        require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self._together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
@@ -79,7 +74,12 @@ class Session:
         disk = {table: sorted(self.store.entries(table)) for table in ("query", "ffn")}
         disks = gather(self.comm, disk)
         plan = self.on_root(
-            lambda: make_plan(self.config, self.run.placement, [{k: set(v) for k, v in d.items()} for d in disks])
+            lambda: make_plan(
+                self.config,
+                self.run.placement,
+                [{k: set(v) for k, v in d.items()} for d in disks],
+                self.store.meta.get("calibration"),
+            )
         )
         shared = broadcast(self.comm, {"plan": plan.to_dict(), "context": context} if plan else None)
         self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
@@ -99,13 +99,20 @@ class Session:
             link = self.link = RootLink(
                 mailbox, workers, sync.kick_ms / 1e3, None if sync.deadline_ms is None else sync.deadline_ms / 1e3
             )
-            self.root = Root(self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context, self.event)
+            predictor = make_predictor(self.store, self.config, self.plan, comm.size, self._uses_calibration)
+            self.root = Root(
+                self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context, self.event, predictor
+            )
             self.monitor = Monitor(self.hosts, link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
             link = self.link = WorkerLink(mailbox)
             self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
             link.greet()
         self.tuned_sockets = self._tune_sockets() if sync.tune_sockets else False
+
+    @property
+    def _uses_calibration(self) -> bool:
+        return self.run.sync.calibration and self.run.sync.mode == "relaxed"
 
     def _tune_sockets(self) -> bool | str:
         """Tune the connections to the other hosts (collective). On the root, for the report: whether all took all options."""
@@ -175,6 +182,7 @@ class Session:
         weights += trunk_bytes(self.config) if self.is_root else 0
         if self.is_root and self.run.sync.mode == "relaxed":
             cache += history_bytes(self.config.layers, self.context, self.config.hidden)
+            weights += predictor_bytes(self.store, self.config, self.plan, self._uses_calibration)
         mine = Need(
             self.comm.rank,
             self.host,
@@ -201,24 +209,3 @@ class Session:
             if isinstance(error, RuntimeError) and "alloc" not in str(error):
                 raise
             raise HaloError("memory ran out while loading weights; use more ranks or a smaller model") from error
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def mpi_name() -> str:
-    """For example "Open MPI 5.0.11"."""
-    name, version = MPI.get_vendor()
-    return f"{name} {'.'.join(map(str, version))}"
-
-
-def machine_name() -> str:
-    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {torch.__version__}"

@@ -35,11 +35,12 @@ class Plan:
         return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]))
 
 
-def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]]) -> Plan:
+def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None) -> Plan:
     """The plan that `--placement` asks for; `available` tells which heads ("query") and groups ("ffn") each rank's disk holds.
 
     even: the same number everywhere, up to one. root-attention: all heads on rank 0. FILE: shares from a JSON file,
-    {"heads": [count per rank], "groups": [count per rank]}. auto: even.
+    {"heads": [count per rank], "groups": [count per rank]}. auto: even shares; of a calibrated model (`calibration`: what was
+    found, from its metadata) rank 0, which is never late, gets the most important groups and heads, and the workers alike.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
@@ -48,6 +49,8 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     fixed = False
     if placement == "root-attention":
         heads = [config.heads] + [0] * (ranks - 1)
+    elif placement == "auto" and calibration and ranks > 1:
+        return _by_importance(config, heads, groups, available, calibration)
     elif placement in ("auto", "even"):
         placement = "even"
     else:
@@ -56,6 +59,25 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     query = _assign("query", heads, owners(heads), available, fixed or placement == "root-attention")
     ffn = _assign("ffn", groups, owners(groups), available, fixed)
     return Plan(placement, np.tile(query, (config.layers, 1)), np.tile(ffn, (config.layers, 1)))
+
+
+def _by_importance(config: ModelConfig, heads: list[int], groups: list[int], available: list[dict[str, set[int]]],
+                   calibration: dict) -> Plan:  # fmt: skip
+    """Groups are stored by falling importance: the root takes the first, the workers the others in turns.
+
+    Heads go in runs of falling importance, but stay together with those that share their KV head, which each holder computes.
+    """
+    workers = len(groups) - 1
+    turns = [workers - turn % workers for turn in range(config.groups - groups[0])]  # the last ranks take the remainder
+    ffn = _assign("ffn", groups, [0] * groups[0] + turns, available, False)
+    query = np.empty((config.layers, config.heads), int)
+    for layer, importance in enumerate(calibration["heads"]["importance"]):
+        of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
+        order = sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))
+        preferred = np.empty(config.heads, int)
+        preferred[order] = owners(heads)
+        query[layer] = _assign("query", heads, preferred.tolist(), available, False)
+    return Plan("importance", query, np.tile(ffn, (config.layers, 1)))
 
 
 def _assign(table: str, shares: list[int], preferred: list[int], available: list[dict[str, set[int]]], fixed: bool) -> np.ndarray:

@@ -1,0 +1,30 @@
+"""The workers' shares of each sync where no calibration tells what matters: by the number of heads and groups."""
+
+import numpy as np
+
+from halo_mpi.schedule.placement import Plan
+from halo_mpi.wire.messages import Kind
+
+
+class WorkShares:
+    """Has the methods of `PredictedShares`."""
+
+    def __init__(self, plan: Plan, ranks: int):
+        owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+        self._shares = {
+            (kind, layer): np.bincount(row, minlength=ranks) / row.size
+            for kind, table in owners.items()
+            for layer, row in enumerate(table)
+        }
+        self._largest = np.max(list(self._shares.values()), axis=0)
+
+    def look_ahead(self, layer: int, x: np.ndarray) -> None:
+        """Nothing is known of this token."""
+
+    def share(self, kind: Kind, layer: int, ranks: set[int]) -> float:
+        """The workers' part of a sync's work."""
+        return float(sum(self._shares[kind, layer][rank] for rank in ranks))
+
+    def usual(self, ranks: set[int]) -> float:
+        """The largest part that is theirs in any sync."""
+        return float(self._largest[list(ranks)].sum())
