@@ -14,6 +14,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.model.loading import load_layer
 from halo_mpi.predict.fits import LowRank
+from halo_mpi.predict.moments import apply
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
@@ -145,8 +146,7 @@ class Simulation:
         came = (~gone).float()[:, None]
         if filled == "mean":
             return (actual * came).cumsum(0) / came.cumsum(0).clamp(min=1)
-        guess = sum(layer.estimates[kind][part].predict(inputs.numpy()) for part in unit)
-        error = actual - torch.from_numpy(guess)
+        error = actual - sum(apply(layer.estimates[kind][part], inputs) for part in unit)
         last = torch.where(gone, 0, torch.arange(len(gone))).cummax(0)[0]
         memory = float(np.clip(np.mean([layer.memory[kind][part] for part in unit]), 0, 1))
         return actual - error + memory * error[last]

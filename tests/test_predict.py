@@ -14,7 +14,7 @@ from halo_mpi.model.loading import load_layer, load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.predict.layer import norms
-from halo_mpi.predict.moments import Moments
+from halo_mpi.predict.moments import Moments, apply
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.sorting import neurons, order_of, put_in_order
 from halo_mpi.predict.texts import SHIPPED, windows
@@ -73,7 +73,7 @@ def test_a_low_rank_map_is_the_best_of_its_rank(rank, width, seed):
     best = torch.linalg.solve(root, u[:, :rank] * s[:rank] @ v[:rank])
     assert torch.allclose(root @ torch.from_numpy(found.inward.T @ found.outward), root @ best, atol=1e-3 * float(s[0]))
     if rank >= width:
-        assert np.allclose(found.predict(x.numpy()), fit.predict(x)[:, part] @ out.T, atol=1e-2 * float(s[0]))
+        assert torch.allclose(apply(found, x), fit.predict(x)[:, part] @ out.T, atol=1e-2 * float(s[0]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -110,7 +110,10 @@ def test_every_window_is_somebodys_and_the_root_judges(count, ranks):
     parts = [spread(ids, rank, ranks) for rank in range(ranks)]
     together = np.concatenate([own for own, _ in parts])
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, ids.tolist()))
-    assert parts[0][1] >= 1 and all(held == 0 for _, held in parts[1:])
+    assert parts[0][1].held_out >= 1 and all(part.held_out == 0 for _, part in parts[1:])
+    ordering = sorted(tuple(own[place]) for own, part in parts for place in part.for_order)
+    alone = spread(ids, 0, 1)
+    assert ordering == sorted(tuple(alone[0][place]) for place in alone[1].for_order) and ordering
 
 
 @pytest.fixture
@@ -167,9 +170,10 @@ def test_a_stopped_calibration_goes_on_where_it_was(opened, tmp_path):
     (in_parts.folder / "layer-001.npz").touch()
     assert in_parts.layers_done(MPI.COMM_SELF) == 2
     found = walked(store, config, in_parts, config.layers)
+    probe = drawn(10, config.hidden)
     for one, other in zip(expected, found, strict=True):
         assert np.allclose(one.weight, other.weight, atol=1e-4) and (one.order == other.order).all()
-        assert np.allclose(one.groups[0].predict(one.groups[0].inward), other.groups[0].predict(one.groups[0].inward), atol=1e-3)
+        assert torch.allclose(apply(one.groups[0], probe), apply(other.groups[0], probe), atol=1e-3)
 
 
 def test_what_belongs_to_other_settings_is_thrown_away(opened, tmp_path):

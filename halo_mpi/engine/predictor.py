@@ -1,6 +1,10 @@
 """What the root knows about the workers' answers before they come: from the model's calibration, or without one."""
 
-from dataclasses import dataclass
+import functools
+import time
+from collections.abc import Callable
+
+import numpy as np
 
 from halo_mpi.engine.estimate import RunningMeans
 from halo_mpi.engine.shares import WorkShares
@@ -9,14 +13,45 @@ from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
 from halo_mpi.predict.importance import PredictedShares
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
+from halo_mpi.wire.messages import Kind
 
 
-@dataclass(frozen=True, slots=True)
+def timed(method: Callable) -> Callable:
+    """Add the time that a method of Predictor takes to its `seconds`."""
+
+    @functools.wraps(method)
+    def with_time(self, *arguments):
+        begin = time.perf_counter()
+        result = method(self, *arguments)
+        self.seconds += time.perf_counter() - begin
+        return result
+
+    return with_time
+
+
 class Predictor:
-    """`shares`: how much of a sync's importance is whose; `estimates`: what stands in for an answer that is late."""
+    """How much of a sync's importance is whose, and what stands in for an answer that is late. `seconds`: that it took."""
 
-    shares: PredictedShares | WorkShares
-    estimates: LowRankEstimates | RunningMeans
+    def __init__(self, shares: PredictedShares | WorkShares, estimates: LowRankEstimates | RunningMeans):
+        self._shares, self._estimates, self.seconds = shares, estimates, 0.0
+        self.share, self.usual, self.too_costly = shares.share, shares.usual, shares.too_costly
+        self.calibrated = isinstance(estimates, LowRankEstimates)
+
+    @timed
+    def look_ahead(self, kind: Kind, layer: int, x: np.ndarray) -> None:
+        """While the workers compute this sync from x, f32 [1, D]: predict what matters in the next layer; at first, in this one."""
+        if kind == Kind.FFN or layer == 0:
+            self._shares.look_ahead(layer + (kind == Kind.FFN), x)
+
+    @timed
+    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
+        self._estimates.observe(kind, layer, rank, x, y)
+
+    @timed
+    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
+        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
+        return self._estimates.estimate(kind, layer, rank, x)
 
 
 def make_predictor(store: ModelStore, config: ModelConfig, plan: Plan, ranks: int, calibration: bool) -> Predictor:

@@ -67,6 +67,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "tokens_per_s": round(1e3 / mean, 3) if mean else None,
         "load_s": round(session.load_s, 3),
         "ledger": ledger.to_dict(),
+        "predictor": _predictor(session) if relaxed else None,
         "devices": devices,
         "events": session.events,
     }
@@ -75,6 +76,12 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
             name: [round(ms, 3) for ms in times] for name, times in (("tpot_ms", tpot_ms), ("sync_ms", ledger.sync_ms))
         }
     return report
+
+
+def _predictor(session: Session) -> dict:
+    """Whether it was calibrated, and what it took: ms per token computed, prompts included."""
+    predictor, tokens = session.root.predictor, max(1, session.root.computed_tokens)
+    return {"calibrated": predictor.calibrated, "ms_per_token": round(predictor.seconds * 1e3 / tokens, 4)}
 
 
 def write_report(path: Path, report: dict) -> None:

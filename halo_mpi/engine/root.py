@@ -1,8 +1,8 @@
 """The root's token loop: one token is a chain of syncs, two per layer.
 
 Strict, every sync waits for all partial sums. Relaxed, the root goes on past a late one with an estimate in its place and adds
-the difference when it comes; what must be exact (prefill, the first and the last layer) waits all the same,
-but for workers that are cut off.
+the difference when it comes; what must be exact (prefill, the first and the last layer, and syncs that calibration found costly)
+waits all the same, but for workers that are cut off.
 """
 
 import time
@@ -50,7 +50,7 @@ class Root:
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
         self.crew = Crew(config, plan, link, self._relaxed, context, sync.outage_ms / 1e3, note)
-        self._shares, self._estimates = predictor.shares, predictor.estimates
+        self.predictor = predictor
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
         self._epoch = 0
@@ -108,17 +108,17 @@ class Root:
             self.compute_s += time.perf_counter() - start
             x = self._add(x, own)
         if self._relaxed and decoding:
-            self._look_ahead(kind, layer, normed.numpy())
+            self.predictor.look_ahead(kind, layer, normed.numpy())
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        answers, late = self._collect(seq, kind, layer, asked, self._must_be_exact(layer, asked, decoding), decoding)
+        answers, late = self._collect(seq, kind, layer, asked, self._must_be_exact(kind, layer, asked, decoding), decoding)
         for rank in workers:
             if decoding and (rank in late or rank not in answers):
                 self.ledger.missed_deadline(rank)
             if rank in answers:
                 if self._relaxed:
-                    self._estimates.observe(kind, layer, rank, normed.numpy(), answers[rank])
+                    self.predictor.observe(kind, layer, rank, normed.numpy(), answers[rank])
                 x = self._add(x, torch.from_numpy(answers[rank]))
             else:
                 x = x + torch.from_numpy(self._stand_in(seq, kind, layer, rank, normed.numpy()))
@@ -127,10 +127,10 @@ class Root:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
 
-    def _must_be_exact(self, layer: int, workers: list[int], decoding: bool) -> bool:
+    def _must_be_exact(self, kind: Kind, layer: int, workers: list[int], decoding: bool) -> bool:
         if not self._relaxed or not decoding or self.crew.overrun(workers):
             return True
-        return layer in (0, self._config.layers - 1) and not self._drops
+        return (layer in (0, self._config.layers - 1) or self.predictor.too_costly(kind, layer)) and not self._drops
 
     def _ask(self, kind: Kind, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
@@ -170,7 +170,7 @@ class Root:
                 not exact
                 and missing <= late
                 and not overdue
-                and self._sums.affords(self._shares.share(kind, layer, missing), self._shares.usual(crew.done_without()))
+                and self._sums.affords(self.predictor.share(kind, layer, missing), self.predictor.usual(crew.done_without()))
             ):
                 return answers, late
             if counting:
@@ -188,7 +188,7 @@ class Root:
         """Do without these workers, as far as the run's quality allows it; those that are behind now."""
         gone = set()
         for rank in ranks:
-            if not self._relaxed or not self._sums.affords(0.0, self._shares.usual(self.crew.done_without() | {rank})):
+            if not self._relaxed or not self._sums.affords(0.0, self.predictor.usual(self.crew.done_without() | {rank})):
                 continue
             gone.add(rank)
             self.crew.leave(rank)
@@ -197,15 +197,10 @@ class Root:
                     self._check.add(entry.estimate)
         return gone
 
-    def _look_ahead(self, kind: Kind, layer: int, normed: np.ndarray) -> None:
-        """Predict what matters in the next layer, while the workers compute; and in the first one, at its start."""
-        if kind == Kind.FFN or layer == 0:
-            self._shares.look_ahead(layer + (kind == Kind.FFN), normed)
-
     def _stand_in(self, seq: int, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
         """The estimate, f32 [1, D], for the answer to x that is not there."""
-        estimate = np.zeros_like(x[-1]) if self._drops else self._estimates.estimate(kind, layer, rank, x)
-        share = self._shares.share(kind, layer, {rank})
+        estimate = np.zeros_like(x[-1]) if self._drops else self.predictor.estimate(kind, layer, rank, x)
+        share = self.predictor.share(kind, layer, {rank})
         if self._drops or self.crew.does_without(rank):
             self._sums.substitute(rank, share)
             if self._check:
@@ -219,7 +214,7 @@ class Root:
         entry = self._sums.arrived(answer.seq, answer.rank)
         if entry:
             self._corrections.append(answer.y - entry.estimate)
-            self._estimates.observe(entry.kind, entry.layer, entry.rank, entry.x, answer.y)
+            self.predictor.observe(entry.kind, entry.layer, entry.rank, entry.x, answer.y)
             if self._check:
                 self._check.add(answer.y[0])
 

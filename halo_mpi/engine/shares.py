@@ -25,6 +25,10 @@ class WorkShares:
         """The workers' part of a sync's work."""
         return float(sum(self._shares[kind, layer][rank] for rank in ranks))
 
+    def too_costly(self, kind: Kind, layer: int) -> bool:
+        """Nothing is known of this layer."""
+        return False
+
     def usual(self, ranks: set[int]) -> float:
         """The largest part that is theirs in any sync."""
         return float(self._largest[list(ranks)].sum())

@@ -13,10 +13,6 @@ class LowRank:
     outward: np.ndarray  # f32 [rank, D]
     bias: np.ndarray  # f32 [D]
 
-    def predict(self, x: np.ndarray) -> np.ndarray:
-        """y [T, D] for x [T, D]."""
-        return (x @ self.inward.T) @ self.outward + self.bias
-
 
 @dataclass(slots=True)
 class Judged:

@@ -7,6 +7,7 @@ from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
+TOO_COSTLY = 3.0  # times the mean: of SmolLM2 the attention of layer 1 and the FFN of layer 28, beside the first and the last
 LEAST_SENSITIVITY = 0.1  # of the mean: measured on few tokens, a layer can seem to cost nothing
 
 
@@ -43,6 +44,10 @@ class PredictedShares:
         """The workers' part of a sync."""
         shares = self._shares[kind, layer]
         return float(sum(shares[rank] for rank in ranks))
+
+    def too_costly(self, kind: Kind, layer: int) -> bool:
+        """Whether a missing part of this sync costs so much more than of others that it is better to wait."""
+        return bool(self._cost[kind][layer] > TOO_COSTLY)
 
     def usual(self, ranks: set[int]) -> float:
         """Their part of a sync, the mean over all syncs and the calibration's text."""

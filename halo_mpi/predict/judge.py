@@ -4,8 +4,10 @@ import numpy as np
 import torch
 
 from halo_mpi.predict.fits import LowRank
+from halo_mpi.predict.moments import apply
 
 LEAST = 4  # the least important 1/4
+TINY = 1e-6
 
 
 def judge_importance(
@@ -25,17 +27,18 @@ def judge_estimates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`recovered` and `memory` of each part, from windows' (inputs [T, D], inner [T, K])."""
     recovered, memory = [], []
+    tokens = sum(len(inputs) - skipped for inputs, _ in windows)
     for part, fit in zip(parts, fits):
-        explained, before, all_ = 0.0, 0.0, 0.0
+        missed = repeated = repeatable = 0.0
         for inputs, inner in windows:
-            y = (inner[skipped:, part] @ out[:, part].T).numpy()
-            weight = 1 / np.maximum((y**2).sum(-1), 1e-12)
-            error = y - fit.predict(inputs[skipped:].numpy())
-            explained += len(y) - ((error**2).sum(-1) * weight).sum()
-            before += ((error[1:] * error[:-1]).sum(-1) * np.sqrt(weight[1:] * weight[:-1])).sum()
-            all_ += ((error**2).sum(-1) * weight)[1:].sum()
-        recovered.append(explained / sum(len(inputs) - skipped for inputs, _ in windows))
-        memory.append(before / max(all_, 1e-12))
+            y = inner[skipped:, part] @ out[:, part].T
+            size = y.norm(dim=-1).clamp(min=TINY)
+            error = (y - apply(fit, inputs[skipped:])) / size[:, None]
+            missed += float(error.pow(2).sum())
+            repeated += float((error[1:] * error[:-1]).sum())
+            repeatable += float(error[:-1].pow(2).sum())
+        recovered.append(1 - missed / tokens)
+        memory.append(repeated / max(repeatable, TINY))
     return np.array(recovered, np.float32), np.array(memory, np.float32)
 
 

@@ -21,8 +21,15 @@ from halo_mpi.wire.exchange import add_up, broadcast
 
 ESTIMATE_RIDGE, IMPORTANCE_RIDGE = 0.1, 0.05  # the prototypes'
 SKIPPED = 1  # tokens at the start of a window: attention sinks, with activations a hundred times larger
-ORDER_FROM = 4  # every so manieth window decides the neurons' order
 TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rank's windows, in numbers: the first `held_out` are not fitted to but judge the fit; `for_order` decide the neurons' order."""
+
+    held_out: int
+    for_order: list[int]
 
 
 @dataclass(slots=True)
@@ -31,7 +38,7 @@ class Walkers:
 
     x: torch.Tensor  # f32 [W, T, D]
     ahead: torch.Tensor  # f16 [W, T, D], the FFN's normed inputs of the layer before; at first the embedding's
-    held_out: int  # so many windows, the first ones, are not fitted to: the fit is judged by them
+    part: Part
 
 
 class LayerCalibration:
@@ -47,7 +54,7 @@ class LayerCalibration:
 
     def run(self, walkers: Walkers, rank: int) -> LayerFit | None:
         """Move the walkers through the layer; on the root, the fit, with estimates of `rank`."""
-        config, held = self._config, walkers.held_out
+        config, held = self._config, walkers.part.held_out
         if self._layer == 0:
             walkers.ahead = self._normed(walkers.x, self._trunk.attention_norms).half()
         heads, attention, seen = Moments(config.hidden, config.heads * config.head_dim), [], []
@@ -116,8 +123,8 @@ class LayerCalibration:
     def _sort(self, walkers: Walkers) -> np.ndarray:
         """Find the order of the layer's neurons and put its weights in that order."""
         size = torch.zeros(self._config.ffn, dtype=torch.float64)
-        for x in walkers.x[walkers.held_out :: ORDER_FROM]:
-            size += self._share.activations(0, self._normed(x, self._trunk.ffn_norms))[SKIPPED:].abs().sum(0)
+        for place in walkers.part.for_order:
+            size += self._share.activations(0, self._normed(walkers.x[place], self._trunk.ffn_norms))[SKIPPED:].abs().sum(0)
         add_up(self._comm, size.numpy())
         importance = size * self._weights.down.norm(dim=0)
         order = np.array(broadcast(self._comm, order_of(importance.numpy(), self._unit).tolist()))

@@ -79,3 +79,9 @@ class Fit:
         bias = out @ self.mean_z[targets] - outward.T @ (inward @ self.mean_x)
         padding = ((0, rank - len(inward)), (0, 0))
         return LowRank(np.pad(inward.numpy(), padding), np.pad(outward.numpy(), padding), bias.numpy())
+
+
+def apply(fit: LowRank, x: torch.Tensor) -> torch.Tensor:
+    """y, f32 [T, D], for x, f32 [T, D]."""
+    inward, outward, bias = (torch.from_numpy(array) for array in (fit.inward, fit.outward, fit.bias))
+    return torch.addmm(bias, x @ inward.T, outward)

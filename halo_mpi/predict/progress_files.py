@@ -15,7 +15,7 @@ import torch
 
 from halo_mpi.errors import HaloError
 from halo_mpi.predict.fits import Judged, LayerFit, LowRank
-from halo_mpi.predict.layer import Walkers
+from halo_mpi.predict.layer import Part, Walkers
 from halo_mpi.wire.exchange import broadcast, gather
 
 ARRAYS = ("order", "weight", "bias", "importance")
@@ -53,9 +53,9 @@ class ProgressFiles:
         done = max(set.intersection(*everywhere), default=0) if everywhere else 0
         return broadcast(comm, done if all(self._fit(layer).exists() for layer in range(done)) else 0)
 
-    def load_walkers(self, layers: int, held_out: int) -> Walkers:
+    def load_walkers(self, layers: int, part: Part) -> Walkers:
         with np.load(self._walkers(layers), allow_pickle=False) as saved:
-            return Walkers(torch.from_numpy(saved["x"]), torch.from_numpy(saved["ahead"]), held_out)
+            return Walkers(torch.from_numpy(saved["x"]), torch.from_numpy(saved["ahead"]), part)
 
     def save(self, layer: int, walkers: Walkers, fit: LayerFit | None) -> None:
         """The layer is done: its fit, then the walkers."""

@@ -64,7 +64,7 @@ def _write_shards(
 
 
 def sorted_layout(layout: RecordLayout, unit: int) -> RecordLayout:
-    """Of the FFN's records with sorted neurons. Where single ones are sorted, the 4-bit blocks of down are torn apart, and down gets 8 bits."""
+    """Of the FFN's records with sorted neurons. Where single ones are sorted, 4-bit blocks of down are torn apart: it gets 8 bits."""
     torn = unit % BLOCK != 0
     parts = layout.parts.values()
     return RecordLayout([replace(p, dtype="int8") if torn and (p.name, p.dtype) == ("down", "int4") else p for p in parts])

@@ -11,7 +11,7 @@ import torch
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk
 from halo_mpi.model.loading import load_layer
-from halo_mpi.predict.layer import LayerCalibration, Walkers
+from halo_mpi.predict.layer import LayerCalibration, Part, Walkers
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.sensitivity import Variants
 from halo_mpi.store.reader import ModelStore
@@ -20,12 +20,16 @@ from halo_mpi.wire.exchange import add_up
 HELD_OUT_EVERY, MOST_HELD_OUT = 8, 8  # windows
 
 
-def spread(windows: np.ndarray, rank: int, ranks: int) -> tuple[np.ndarray, int]:
-    """A rank's windows, and how many of them, the first ones, are held out; all of these are the root's."""
+ORDER_FROM = 4  # every so manieth window decides the neurons' order
+
+
+def spread(windows: np.ndarray, rank: int, ranks: int) -> tuple[np.ndarray, Part]:
+    """A rank's windows. Those that are held out are all the root's; what a window is for does not depend on the number of ranks."""
     held = list(range(HELD_OUT_EVERY // 2, len(windows), HELD_OUT_EVERY))[:MOST_HELD_OUT] or [len(windows) - 1]
     fitted = [window for window in range(len(windows)) if window not in held]
-    own = fitted[rank::ranks]
-    return windows[(held if rank == 0 else []) + own], len(held) if rank == 0 else 0
+    chosen = (held if rank == 0 else []) + fitted[rank::ranks]
+    for_order = [place for place, window in enumerate(chosen) if window in fitted[::ORDER_FROM]]
+    return windows[chosen], Part(len(held) if rank == 0 else 0, for_order)
 
 
 class Walk:
@@ -33,8 +37,8 @@ class Walk:
 
     def __init__(self, comm, store: ModelStore, config: ModelConfig, trunk: Trunk, windows: np.ndarray):
         self._comm, self._store, self._config, self._trunk = comm, store, config, trunk
-        own, held_out = spread(windows, comm.rank, comm.size)
-        self._ids, self._held_out, self._length = torch.from_numpy(own).long(), held_out, windows.shape[1]
+        own, self._part = spread(windows, comm.rank, comm.size)
+        self._ids, self._length = torch.from_numpy(own).long(), windows.shape[1]
 
     def share(self, layer: int, length: int) -> Share:
         """One whole layer, for windows of `length` tokens."""
@@ -46,7 +50,7 @@ class Walk:
         """Fit what was not fitted before, into `files`; the layers that are done, one after the other."""
         done = files.layers_done(self._comm)
         yield from range(done)
-        walkers = files.load_walkers(done, self._held_out) if done else self._start()
+        walkers = files.load_walkers(done, self._part) if done else self._start()
         for layer in range(done, self._config.layers):
             share = self.share(layer, self._length)
             fit = LayerCalibration(self._comm, self._config, share, self._trunk, layer, unit).run(walkers, rank)
@@ -55,7 +59,7 @@ class Walk:
 
     def _start(self) -> Walkers:
         x = self._trunk.embedding[self._ids.reshape(-1)].view(*self._ids.shape, -1)
-        return Walkers(x, torch.empty(x.shape, dtype=torch.float16), self._held_out)
+        return Walkers(x, torch.empty(x.shape, dtype=torch.float16), self._part)
 
     def sensitivities(self, windows: np.ndarray) -> Iterator[np.ndarray | None]:
         """None after each layer; at the end, on the root, nats that the loss rises by: f64 [layers, 2], attention and FFN."""
