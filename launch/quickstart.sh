@@ -15,6 +15,10 @@ if [ ! -e "$model" ]; then
     say "converting the demo model to models/smollm2-135m.halo"
     "$venv/bin/python" -m halo_mpi.convert "$demo_gguf" "$model" --shards 4
 fi
+if ! "$venv/bin/python" -m halo_mpi.inspect "$model" --json | grep -q '"calibration": {'; then
+    say "calibrating the demo model, so that --sync relaxed knows what matters (a minute on a PC, more on a Pi; Ctrl-C is safe)"
+    "$venv/bin/python" -m halo_mpi.calibrate "$model" --tokens 16000
+fi
 
 prompt=(--prompt "Explain in three sentences what a Raspberry Pi is.")
 for argument in "$@"; do

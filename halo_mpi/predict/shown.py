@@ -11,6 +11,8 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.stored import KINDS
 from halo_mpi.store.reader import ModelStore
 
+WIDTH = 140  # where standard output is no terminal
+
 
 def stored_bytes(store: ModelStore) -> dict[str, int]:
     """Bytes of each of the calibration's tables."""
@@ -20,6 +22,8 @@ def stored_bytes(store: ModelStore) -> dict[str, int]:
 
 def print_calibration(console: Console, found: dict, config: ModelConfig, sizes: dict[str, int], model_bytes: int) -> None:
     """One line per layer, and what all of it takes."""
+    if not console.is_terminal:
+        console.width = WIDTH
     quarter = max(1, config.groups // 4)
     table = Table(title=f"calibrated on {found['tokens']} tokens of {', '.join(found['texts'])}; judged on text held out")
     for column in ("layer", "top quarter's\nimportance", "rank correlation\ngroups, heads", "recall of the least\ngroups, heads",

@@ -64,7 +64,8 @@ class Walk:
     def sensitivities(self, windows: np.ndarray) -> Iterator[np.ndarray | None]:
         """None after each layer; at the end, on the root, nats that the loss rises by: f64 [layers, 2], attention and FFN."""
         comm = self._comm
-        variants = Variants(self._config, self._trunk, windows[comm.rank :: comm.size])
+        own = {number: windows[number] for number in range(comm.rank, len(windows), comm.size)}
+        variants = Variants(self._config, self._trunk, own)
         for layer in range(self._config.layers):
             variants.pass_layer(self.share(layer, windows.shape[1]), layer)
             yield None
