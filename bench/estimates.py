@@ -5,7 +5,6 @@ zero, the mean of what came before, or the calibration's estimate. Half of the t
 the calibration saw neither. What lateness costs in the engine, where sums are corrected, `bench.tradeoff` measures.
 """
 
-from pathlib import Path
 
 import click
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from bench.losses import Simulation, Way, stored_layer
 from bench.quality import language_reference
-from bench.results import ROOT, Results, run_benchmark
+from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
 from bench.tables import Table
 from halo_mpi.model.config import ModelConfig
@@ -99,8 +98,7 @@ def table(content: dict) -> Table:
 @click.option("--tokens", type=click.IntRange(2), default=20000, show_default=True)
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--only", default="", help="Only ways whose names contain this.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
+@shared_options("seed", "json")
 def main(model, tokens, context, only, seed, out) -> int:
     torch.set_grad_enabled(False)
     config = config_of(model)

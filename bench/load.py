@@ -16,7 +16,7 @@ from bench.cells import run_locally
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import Names, Numbers
 from bench.pagecache import drop, resident, warm
-from bench.results import ROOT, Results, run_benchmark
+from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
@@ -156,9 +156,7 @@ def line_of(run: dict) -> str:
 @click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
 @click.option("--ranks", type=Numbers(int, 1, 64), default="1,2,4", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=15.0, show_default=True, help="Time budget of all.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+@shared_options("minutes", "json", "plot", minutes=15)
 def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
     require_matplotlib(png)
     with (

@@ -16,7 +16,7 @@ import numpy as np
 from bench.cells import require_lab, run_in_lab
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import ENGINE_MODES, MODES, Names, Numbers
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import percentile
@@ -152,12 +152,8 @@ def line_of(run: dict) -> str:
 @click.option("--text", type=click.Path(path_type=Path, exists=True), help="UTF-8 text to score.")
 @click.option("--tokens", type=click.IntRange(2), default=150, show_default=True, help="Tokens of text.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
-@click.option("--pace-ms", type=click.FloatRange(0), default=0.7, show_default=True, help="Least time of a device per sync.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(1), default=400.0, show_default=True, help="Seconds for one run.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=28.0, show_default=True, help="Time budget of all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+@shared_options("pace", "minutes", "seed", "json", "plot")
 def main(model, modes, losses, ranks, text, tokens, context, pace_ms, timeout_s, minutes, seed, out, png) -> int:
     require_matplotlib(png)
     require_lab()

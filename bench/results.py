@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +39,27 @@ def run_benchmark(command: click.Command) -> None:
         sys.exit(code)
     click.echo(f"bench: {message}", err=True)
     sys.exit(code)
+
+
+def shared_options(*names: str, minutes: float = 28.0) -> Callable:
+    """Those of the options that benchmarks have in common; `minutes`: the default of --minutes."""
+    known = {
+        "pace": click.option("--pace-ms", type=click.FloatRange(0), default=0.7, show_default=True,
+                             help="Least time of a device for an even share of a sync."),
+        "minutes": click.option("--minutes", type=click.FloatRange(0, min_open=True), default=minutes, show_default=True,
+                                help="Time budget of all."),
+        "seed": click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                             help="Of what is drawn; the kernel's losses cannot be seeded, those of the lab's relay can."),
+        "json": click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file."),
+        "plot": click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure."),
+    }  # fmt: skip
+
+    def add(command: Callable) -> Callable:
+        for name in reversed(names):
+            command = known[name](command)
+        return command
+
+    return add
 
 
 class Results:

@@ -14,7 +14,7 @@ from bench.cells import generation, require_lab, run_in_lab, run_locally
 from halo_mpi.figures import figure, require_matplotlib
 from bench.lab.scenario import load_scenario, tomllib
 from bench.modes import STRICT, Names, Numbers
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import DEMO, SHAPES, config_of, shape_model
 from bench.stats import pairwise, percentile, pooled, samples_of, token_ms
@@ -179,10 +179,7 @@ def line_of(run: dict) -> str:
     "--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True, help="Time box of a run, after its first token."
 )
 @click.option("--max-tokens", type=click.IntRange(3), default=400, show_default=True, help="Most tokens of a run.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=28.0, show_default=True, help="Time budget of all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+@shared_options("minutes", "seed", "json", "plot")
 def main(cases, lab, device_ms, model, shape, ranks, repeats, seconds, max_tokens, minutes, seed, out, png) -> int:
     require_matplotlib(png)
     chosen = {name: CASES[name] for name in cases or (() if lab else ("local",))}

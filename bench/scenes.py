@@ -3,14 +3,13 @@
 Bursts, delay and jitter, a slow device, bad devices, a link that flaps: each scenario by each mode, in time boxes that alternate.
 """
 
-from pathlib import Path
 
 import click
 
 from bench.cells import generation, require_lab, run_in_lab
 from bench.lab.scenario import tomllib
 from bench.modes import ENGINE_MODES, MODES, Names
-from bench.results import ROOT, Results, run_benchmark
+from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.rounds import failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
@@ -77,10 +76,7 @@ def table(content: dict) -> Table:
 @click.option("--modes", type=Names(ENGINE_MODES), default=",".join(DEFAULT_MODES), show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.1), default=8.0, show_default=True, help="Time box of a run.")
-@click.option("--pace-ms", type=click.FloatRange(0), default=0.7, show_default=True, help="Least time of a device per sync.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=28.0, show_default=True, help="Time budget of all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
+@shared_options("pace", "minutes", "seed", "json")
 def main(model, scenes, modes, repeats, seconds, pace_ms, minutes, seed, out) -> int:
     require_lab()
     results = Results("scenes", out, seed, model=config_of(model).name, scenes=scenes, modes=modes, repeats=repeats, seconds=seconds,

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from bench.estimates import alone, windows_of
 from bench.losses import Layer, Simulation, Way
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
 from bench.tables import Table
 from halo_mpi.model.config import ModelConfig
@@ -70,7 +70,7 @@ def table(content: dict) -> Table:
 @model_options
 @click.option("--calibration-tokens", type=click.IntRange(1024), default=16000, show_default=True)
 @click.option("--tokens", type=click.IntRange(1024), default=8000, show_default=True, help="To judge by.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
+@shared_options("json")
 def main(model, calibration_tokens, tokens, out) -> int:
     torch.set_grad_enabled(False)
     config, store = config_of(model), ModelStore(model)

@@ -15,7 +15,7 @@ import click
 import psutil
 
 from bench.cells import require_lab, run_in_lab
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.shapes import model_options
 from bench.tables import Table, number
 
@@ -73,7 +73,7 @@ def growth(samples: list[int]) -> float:
 @click.option("--loss", type=click.FloatRange(0, 99), default=10.0, show_default=True, help="Per cent of the packets.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="How long to generate.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the flaps.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
+@shared_options("json")
 def main(model, ranks, loss, minutes, seed, out) -> int:
     require_lab()
     results = Results("stress", out, seed, model=model.name, ranks=ranks, loss=loss, minutes=minutes, options=OPTIONS)

@@ -13,7 +13,7 @@ import click
 from bench.cells import generation, require_lab, run_in_lab
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import MODES, Names, Numbers
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import identities, p99_name, pairwise, percentile, pooled, token_ms
@@ -193,18 +193,8 @@ def plot(content: dict, path: Path) -> None:
 @click.option(
     "--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Time box of a run, after its first token."
 )
-@click.option(
-    "--pace-ms",
-    type=click.FloatRange(0),
-    default=0.7,
-    show_default=True,
-    help="Least time of a device for an even share of a sync.",
-)
 @click.option("--max-tokens", type=click.IntRange(3), default=400, show_default=True, help="Most tokens of a run.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=28.0, show_default=True, help="Time budget of all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+@shared_options("pace", "minutes", "seed", "json", "plot")
 def main(model, modes, losses, ranks, repeats, seconds, pace_ms, max_tokens, minutes, seed, out, png) -> int:
     require_matplotlib(png)
     require_lab()

@@ -15,7 +15,7 @@ from bench.cells import require_lab, run_in_lab, run_locally
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import MODES, Numbers
 from bench.quality import language_reference, scored, scoring
-from bench.results import Results, run_benchmark
+from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of, model_options
 from bench.stats import percentile, pooled
@@ -194,11 +194,7 @@ def plot(content: dict, path: Path) -> None:
 @click.option("--long-tokens", type=click.IntRange(2), default=2050, show_default=True, help="Their tokens.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=8.0, show_default=True, help="Time box of a strict run.")
-@click.option("--pace-ms", type=click.FloatRange(0), default=0.7, show_default=True, help="Least time of a device per sync.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True, help="Time budget of all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the lab's relay, where it is used.")
-@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--plot", "png", type=click.Path(path_type=Path), help="Draw the figure.")
+@shared_options("pace", "minutes", "seed", "json", "plot", minutes=60)
 def main(model, losses, ranks, tokens, long_loss, long_tokens, context, seconds, pace_ms, minutes, seed, out, png) -> int:
     require_matplotlib(png)
     require_lab()
