@@ -106,6 +106,11 @@ def test_late_answers_are_estimated_and_all_is_accounted_for(calibrated, tmp_pat
         ledger["partial_sums"] == ledger["on_time"] + sum(ledger["deferred"].values()) + ledger["substituted"] + ledger["waited"]
     )
     assert 0 < ledger["inexact_importance"] <= 1
+    assert report["predictor"]["calibrated"] and report["predictor"]["ms_per_token"] > 0
+    without = report_of(
+        3, "generate", tmp_path, *shared, "--sync", "relaxed", "--deadline-ms", 0, "--quality", 1, "--no-calibration"
+    )
+    assert not without["predictor"]["calibrated"] and without["ledger"]["deferred"]
 
 
 @mpi

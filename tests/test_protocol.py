@@ -146,3 +146,21 @@ def test_the_check_finds_what_was_added_twice(deep, monkeypatch):
     slow = [[1e-4], [1e-4], [3e-3], [1e-4]]
     with pytest.raises(CheckError, match="residual"):
         Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT).text(IDS, 0)
+
+
+@settings(examples, max_examples=10)
+@given(slow_links, stalls, modes)
+def test_with_a_calibrated_model_the_same_holds(calibrated, delays, stalls, mode):
+    simulation = Simulation(calibrated, RANKS, mode, delays, stalls, CONTEXT)
+    assert np.isfinite(simulation.text(IDS, 0)).all()
+    simulation.settle()
+    ledger = simulation.root.ledger
+    assert simulation.root.predictor.calibrated
+    assert ledger.on_time + ledger.waited + sum(ledger.deferred.values()) + ledger.substituted == ledger.asked
+    caches_are_complete(simulation, len(IDS))
+
+
+def test_a_calibrated_model_with_nothing_late_is_exact(calibrated):
+    strict = Simulation(calibrated, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
+    relaxed = Simulation(calibrated, RANKS, replace(RELAXED, deadline_ms=50.0), QUICK, NO_STALL, CONTEXT)
+    assert np.array_equal(relaxed.text(IDS, 0), strict) and not relaxed.root.ledger.deferred

@@ -73,6 +73,44 @@ def test_root_attention_keeps_all_heads_on_the_root():
     assert (plan.query == 0).all() and len(set(plan.ffn[0])) == 4
 
 
+def found_by_calibration(seed: int = 0) -> dict:
+    """A calibration's importance of SmolLM2's heads, at random."""
+    return {"heads": {"importance": np.random.default_rng(seed).random((SMOLLM2.layers, SMOLLM2.heads)).tolist()}}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 13])
+def test_the_root_gets_what_matters_most_and_the_workers_alike(ranks):
+    found = found_by_calibration()
+    plan = make_plan(SMOLLM2, "auto", disks(SMOLLM2, ranks, 4), found)
+    assert plan.name == "importance"
+    counts = np.bincount(plan.ffn[0], minlength=ranks)
+    assert counts.max() - counts.min() <= 1 and set(plan.groups(0)[0]) == set(range(counts[0]))
+    if ranks in (3, 4):  # each worker has some of the better and some of the worse
+        assert np.ptp([np.mean(plan.groups(rank)[0]) for rank in range(1, ranks)]) <= ranks
+    for layer, importance in enumerate(np.array(found["heads"]["importance"])):
+        heads = plan.query_heads(0)[layer]
+        of_kv = importance.reshape(SMOLLM2.kv_heads, -1).sum(1)
+        assert len(heads) == SMOLLM2.heads // ranks
+        if heads and len(heads) <= SMOLLM2.heads_per_kv:
+            assert {head // SMOLLM2.heads_per_kv for head in heads} == {of_kv.argmax()}
+            assert min(importance[heads]) >= max(
+                [importance[head] for head in range(9) if head // 3 == of_kv.argmax() and head not in heads], default=0
+            )
+
+
+def test_what_only_a_worker_has_on_its_disk_is_its_own_whatever_it_matters():
+    available = disks(SMOLLM2, 3, 3, lambda rank, shard: rank == shard)
+    plan = make_plan(SMOLLM2, "auto", available, found_by_calibration())
+    for rank in range(3):
+        assert {group for own in plan.groups(rank) for group in own} <= available[rank]["ffn"]
+
+
+def test_without_calibration_or_workers_auto_is_even():
+    assert make_plan(SMOLLM2, "auto", disks(SMOLLM2, 4, 4)).name == "even"
+    assert make_plan(SMOLLM2, "auto", disks(SMOLLM2, 1, 4), found_by_calibration()).name == "even"
+    assert make_plan(SMOLLM2, "even", disks(SMOLLM2, 4, 4), found_by_calibration()).name == "even"
+
+
 def test_a_group_that_nobody_holds_is_named():
     with pytest.raises(InputError, match="FFN group 1;|query head 2;"):
         make_plan(SMOLLM2, "even", disks(SMOLLM2, 2, 4, lambda rank, shard: shard != 1))
