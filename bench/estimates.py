@@ -5,7 +5,6 @@ zero, the mean of what came before, or the calibration's estimate. Half of the t
 the calibration saw neither. What lateness costs in the engine, where sums are corrected, `bench.tradeoff` measures.
 """
 
-
 import click
 import numpy as np
 import torch

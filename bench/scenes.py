@@ -3,7 +3,6 @@
 Bursts, delay and jitter, a slow device, bad devices, a link that flaps: each scenario by each mode, in time boxes that alternate.
 """
 
-
 import click
 
 from bench.cells import generation, require_lab, run_in_lab

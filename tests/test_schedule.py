@@ -1,5 +1,6 @@
 """Placement of heads and groups, and the check of memory."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halo_mpi.errors import InputError, MemoryBudgetError
+from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.loading import share_bytes
 from halo_mpi.model.records import shard_index, split_evenly
@@ -103,6 +104,43 @@ def test_what_only_a_worker_has_on_its_disk_is_its_own_whatever_it_matters():
     plan = make_plan(SMOLLM2, "auto", available, found_by_calibration())
     for rank in range(3):
         assert {group for own in plan.groups(rank) for group in own} <= available[rank]["ffn"]
+
+
+def placement_file(folder, content) -> str:
+    (folder / "placement.json").write_text(json.dumps(content))
+    return str(folder / "placement.json")
+
+
+def test_unstable_ranks_get_what_matters_least(tmp_path):
+    tiers, found = [[0], [1, 2, 5], [3, 4]], found_by_calibration()
+    plan = make_plan(SMOLLM2, placement_file(tmp_path, {"tiers": tiers}), disks(SMOLLM2, 6, 4), found)
+    worst = [max(group for rank in tier for group in plan.groups(rank)[0]) for tier in tiers]
+    best = [min(group for rank in tier for group in plan.groups(rank)[0]) for tier in tiers]
+    assert worst[0] < best[1] and worst[1] < best[2]
+    assert np.bincount(plan.query[0], minlength=6).tolist() == [1, 2, 2, 1, 1, 2]  # the remainder goes to the stable workers
+    for layer, importance in enumerate(np.array(found["heads"]["importance"]).reshape(SMOLLM2.layers, 3, 3).sum(2)):
+        assert {head // 3 for rank in (3, 4) for head in plan.query_heads(rank)[layer]} == {importance.argmin()}
+
+
+def test_tiers_may_come_with_counts(tmp_path):
+    heads, groups = [0, 3, 6], [2, 4, 6]
+    content = {"tiers": [[1], [2], [0]], "heads": heads, "groups": groups}
+    plan = make_plan(SMOLLM2, placement_file(tmp_path, content), disks(SMOLLM2, 3, 4), found_by_calibration())
+    assert np.bincount(plan.ffn[0]).tolist() == groups and np.bincount(plan.query[0], minlength=3).tolist() == heads
+    assert plan.groups(1)[0] == [0, 1, 2, 3] and plan.groups(0)[0] == [10, 11]
+
+
+@pytest.mark.parametrize(
+    "tiers", [[[0], [1]], [[0], [1], [1, 2]], [[0, 1, 2, 3]], [0, 1, 2], [[0], [], [1, 2]], "all", [["0"], [1, 2]]]
+)
+def test_wrong_tiers_are_named(tmp_path, tiers):
+    with pytest.raises(InputError, match="placement.json: tiers"):
+        make_plan(SMOLLM2, placement_file(tmp_path, {"tiers": tiers}), disks(SMOLLM2, 3, 4), found_by_calibration())
+
+
+def test_tiers_need_a_calibrated_model(tmp_path):
+    with pytest.raises(UsageError, match="calibrate"):
+        make_plan(SMOLLM2, placement_file(tmp_path, {"tiers": [[0], [1]]}), disks(SMOLLM2, 2, 4))
 
 
 def test_without_calibration_or_workers_auto_is_even():

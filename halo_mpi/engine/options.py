@@ -110,7 +110,8 @@ _OPTIONS = (
                  help="relaxed: use what `halo-mpi calibrate` found out about the model, if it was calibrated."),
     click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
                  help="Who computes what. auto: even shares, and of a calibrated model the most important ones on the root. "
-                      "FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}."),
+                      "FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: "
+                      "ranks from the most stable to the least, for a calibrated model."),
     click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
     click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
                  help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),

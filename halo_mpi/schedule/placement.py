@@ -38,46 +38,69 @@ class Plan:
 def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None) -> Plan:
     """The plan that `--placement` asks for; `available` tells which heads ("query") and groups ("ffn") each rank's disk holds.
 
-    even: the same number everywhere, up to one. root-attention: all heads on rank 0. FILE: shares from a JSON file,
-    {"heads": [count per rank], "groups": [count per rank]}. auto: even shares; of a calibrated model (`calibration`: what was
-    found, from its metadata) rank 0, which is never late, gets the most important groups and heads, and the workers alike.
+    even: the same number everywhere, up to one. root-attention: all heads on rank 0. FILE: JSON with "heads" and "groups", counts
+    per rank; or with "tiers", lists of ranks from the most stable to the least, for a calibrated model (`calibration`: what
+    was found, from its metadata). auto: even; of a calibrated model tiers, rank 0, which is never late, before all others.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
-    ranks = len(available)
+    ranks, fixed = len(available), False
     heads, groups = split_evenly(config.heads, ranks), split_evenly(config.groups, ranks)
-    fixed = False
+    tiers = [[0], list(range(1, ranks))] if placement == "auto" and calibration and ranks > 1 else None
+    name = placement
     if placement == "root-attention":
         heads = [config.heads] + [0] * (ranks - 1)
-    elif placement == "auto" and calibration and ranks > 1:
-        return _by_importance(config, heads, groups, available, calibration)
     elif placement in ("auto", "even"):
-        placement = "even"
+        name = "importance" if tiers else "even"
     else:
-        heads, groups = _shares_from_file(Path(placement), config, ranks)
-        fixed = True
-    query = _assign("query", heads, owners(heads), available, fixed or placement == "root-attention")
-    ffn = _assign("ffn", groups, owners(groups), available, fixed)
-    return Plan(placement, np.tile(query, (config.layers, 1)), np.tile(ffn, (config.layers, 1)))
+        wanted = read_placement(Path(placement), config, ranks)
+        tiers, fixed = wanted.get("tiers"), "heads" in wanted
+        if tiers and not calibration:
+            raise UsageError(
+                f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
+            )
+        heads, groups = wanted.get("heads", heads), wanted.get("groups", groups)
+    if tiers:
+        if not fixed:
+            heads, groups = (_largest_first(shares, tiers) for shares in (heads, groups))
+        query, ffn = by_importance(config, heads, groups, tiers, calibration["heads"]["importance"])
+    else:
+        query, ffn = np.tile(owners(heads), (config.layers, 1)), np.array(owners(groups))
+    query = np.stack([_assign("query", heads, row, available, fixed or placement == "root-attention") for row in query.tolist()])
+    ffn = _assign("ffn", groups, ffn.tolist(), available, fixed)
+    return Plan(name, query, np.tile(ffn, (config.layers, 1)))
 
 
-def _by_importance(config: ModelConfig, heads: list[int], groups: list[int], available: list[dict[str, set[int]]],
-                   calibration: dict) -> Plan:  # fmt: skip
-    """Groups are stored by falling importance: the root takes the first, the workers the others in turns.
+def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tiers: list[list[int]],
+                  of_heads: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Owners, query [layers, heads] and ffn [groups]: what matters most to the first tier; within a tier, to all alike.
 
-    Heads go in runs of falling importance, but stay together with those that share their KV head, which each holder computes.
+    `heads`, `groups`: how many each rank gets; groups are stored by falling importance. Heads go in runs of falling importance, but stay
+    together with those that share their KV head, since each of its holders computes it.
     """
-    workers = len(groups) - 1
-    turns = [workers - turn % workers for turn in range(config.groups - groups[0])]  # the last ranks take the remainder
-    ffn = _assign("ffn", groups, [0] * groups[0] + turns, available, False)
+    ffn, left = [], list(groups)
+    for tier in tiers:
+        while any(left[rank] for rank in tier):
+            for rank in tier:
+                if left[rank]:
+                    ffn.append(rank)
+                    left[rank] -= 1
+            tier = tier[::-1]  # back and forth, so that nobody always chooses first
+    runs = [rank for tier in tiers for rank in tier for _ in range(heads[rank])]
     query = np.empty((config.layers, config.heads), int)
-    for layer, importance in enumerate(calibration["heads"]["importance"]):
+    for row, importance in zip(query, of_heads):
         of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
-        order = sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))
-        preferred = np.empty(config.heads, int)
-        preferred[order] = owners(heads)
-        query[layer] = _assign("query", heads, preferred.tolist(), available, False)
-    return Plan("importance", query, np.tile(ffn, (config.layers, 1)))
+        row[sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))] = runs
+    return query, np.array(ffn)
+
+
+def _largest_first(shares: list[int], tiers: list[list[int]]) -> list[int]:
+    """The same shares, but the remainder of an even split goes to the first workers by tiers; rank 0 has other work."""
+    order = [rank for tier in tiers for rank in tier if rank] + [0]
+    result = [0] * len(shares)
+    for rank, share in zip(order, sorted(shares, reverse=True)):
+        result[rank] = share
+    return result
 
 
 def _assign(table: str, shares: list[int], preferred: list[int], available: list[dict[str, set[int]]], fixed: bool) -> np.ndarray:
@@ -101,20 +124,34 @@ def _assign(table: str, shares: list[int], preferred: list[int], available: list
     return result
 
 
-def _shares_from_file(path: Path, config: ModelConfig, ranks: int) -> tuple[list[int], list[int]]:
+FORM = '{"heads": [count per rank], "groups": [count per rank]}, {"tiers": [[rank, ...], ...]} or both'
+
+
+def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
+    """A placement file: "heads" and "groups", or "tiers", or all three. Raises UsageError or InputError that names what is wrong."""
     if not path.exists():
         raise UsageError(f"--placement {path}: neither auto, even, root-attention nor an existing file")
     expected = {"heads": config.heads, "groups": config.groups}
     try:
-        shares = json.loads(path.read_text())
-        lists = [shares[key] for key in expected]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f'{path} is not of the form {{"heads": [count per rank], "groups": [count per rank]}}') from error
-    for key, counts in zip(expected, lists):
+        wanted = json.loads(path.read_text())
+        known = isinstance(wanted, dict) and set(wanted) in ({"heads", "groups"}, {"tiers"}, {"heads", "groups", "tiers"})
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not of the form {FORM}") from error
+    if not known:
+        raise InputError(f"{path} is not of the form {FORM}")
+    for key in expected.keys() & wanted.keys():
+        counts = wanted[key]
         if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
             raise InputError(f"{path}: {key} must be a list of counts, one per rank")
         if len(counts) != ranks or sum(counts) != expected[key]:
             raise InputError(
                 f"{path}: {key} {counts} must have {ranks} counts (one per rank) that add up to the model's {expected[key]}"
             )
-    return lists[0], lists[1]
+    if "tiers" in wanted:
+        tiers = wanted["tiers"]
+        if not isinstance(tiers, list) or not all(isinstance(tier, list) and tier for tier in tiers):
+            raise InputError(f"{path}: tiers must be a list of lists of ranks, the most stable first")
+        flat = [rank for tier in tiers for rank in tier]
+        if not all(isinstance(rank, int) for rank in flat) or sorted(flat) != list(range(ranks)):
+            raise InputError(f"{path}: tiers {tiers} must have each of the ranks 0 to {ranks - 1} once")
+    return wanted

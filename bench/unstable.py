@@ -1,0 +1,126 @@
+"""What calibration is worth where some devices are bad: python -m bench.unstable [--scene two-bad-of-eight] [--json FILE]
+
+Relaxed runs over a scenario with bad links, each an `evaluate` over the lab's network: without a calibration, with its predictor and
+estimates, and with the bad devices given what matters least. Settings of lag and deadline trade time for quality, so that the ways
+can be compared at equal time. Everything is judged against one rank alone, f32, on the same tokens.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from bench.cells import require_lab, run_in_lab, run_locally
+from bench.lab.scenario import load_scenario
+from bench.quality import language_reference, scored, scoring
+from bench.results import Results, run_benchmark, shared_options
+from bench.rounds import conclude, failures, measure
+from bench.scenes import SCENARIOS, scenario_of
+from bench.shapes import config_of, model_options
+from bench.stats import percentile, pooled
+from bench.tables import Table, number
+from bench.tradeoff import quality
+
+WAYS = {
+    "plain": ("without calibration, even shares", ("--no-calibration", "--placement", "even")),
+    "calibrated": ("predictor and estimates", ()),
+    "tiers": ("the same, what matters least to the bad devices", ("--placement", "TIERS")),
+}
+SETTINGS = (("auto", 2, 0.3), ("auto", 8, 0.3), ("auto", 24, 0.5), ("1", 24, 0.8))  # deadline in ms, max lag, quality
+TIMEOUT_S = 600.0
+
+
+def tiers_of(scene: str) -> list[list[int]]:
+    """The root, the workers, and those of them whose links lose more than the others'."""
+    hosts = load_scenario(SCENARIOS / f"{scene}.toml").hosts
+    loss = [host.loss for host in hosts.values()]
+    workers = range(1, len(loss))
+    bad = [rank for rank in workers if loss[rank] > min(loss)]
+    return [tier for tier in ([0], [rank for rank in workers if rank not in bad], bad) if tier]
+
+
+def name_of(cell: dict) -> str:
+    if cell["way"] in ("reference", "strict"):
+        return {"reference": "one rank alone, f32", "strict": "strict with repair"}[cell["way"]]
+    return f"{WAYS[cell['way']][0]}: {cell['deadline']} ms, lag {cell['max_lag']}, quality {cell['quality']}"
+
+
+def line_of(run: dict) -> str:
+    samples = pooled([run])
+    return f"{name_of(run)}: {number(samples.token_ms if samples else None)} ms per token"
+
+
+def table(content: dict) -> Table:
+    settings, runs = content["settings"], [run for run in content["runs"] if run["status"] == "ok"]
+    columns = [
+        "way and setting",
+        "tokens",
+        "TPOT mean",
+        "p50",
+        "sync p99",
+        "perplexity",
+        "same top-1",
+        "deferred",
+        "substituted",
+        "inexact",
+    ]
+    drawn = Table(
+        f"Bad devices: {settings['scene']}, {settings['model']}, {settings['pace_ms']:g} ms per sync and device", columns
+    )
+    reference = next((run for run in runs if run["way"] == "reference"), None)
+    before = None
+    for run in runs:
+        samples, ledger = pooled([run]), run["report"]["ledger"]
+        judged = quality(run, reference) if reference else None
+        if run["way"] != before:
+            drawn.ruled.add(len(drawn.rows))
+        before, sums = run["way"], max(1, ledger["partial_sums"])
+        drawn.rows.append([
+            name_of(run), str(len(samples.tpot_ms)), number(samples.token_ms), number(percentile(samples.tpot_ms, 50)),
+            number(percentile(samples.sync_ms, 99)), f"{judged[0] - 1:+.2%}" if judged else "-", f"{judged[1]:.1%}" if judged else "-",
+            f"{sum(ledger['deferred'].values()) / sums:.1%}", f"{ledger['substituted'] / sums:.1%}", f"{ledger['inexact_importance']:.1%}",
+        ])  # fmt: skip
+    drawn.notes += ["perplexity, same top-1: against one rank alone, f32, on the same tokens.", *failures(content, name_of)]
+    return drawn
+
+
+@click.command(help=__doc__)
+@model_options
+@click.option("--scene", type=click.Choice(sorted(path.stem for path in SCENARIOS.glob("*.toml"))), default="two-bad-of-eight",
+              show_default=True)  # fmt: skip
+@click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
+@click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
+@shared_options("pace", "minutes", "seed", "json", minutes=40)
+def main(model, scene, tokens, context, pace_ms, minutes, seed, out) -> int:
+    require_lab()
+    config = config_of(model)
+    context = min(context, config.context)
+    scenario = scenario_of(scene, pace_ms)
+    results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, pace_ms=pace_ms)
+    groups = [[{"way": "reference"}, {"way": "strict"}]]
+    groups += [[{"way": way, "deadline": d, "max_lag": lag, "quality": q} for way in WAYS] for d, lag, q in SETTINGS]
+    with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
+        text, tiers = Path(name) / "text", Path(name) / "tiers.json"
+        text.write_text(language_reference())
+        tiers.write_text(json.dumps({"tiers": tiers_of(scene)}))
+
+        def run(cell: dict) -> dict:
+            if cell["way"] == "reference":
+                program = scoring(model, ("--wire", "f32"), text, tokens, context)
+                return scored(program, lambda command: run_locally(1, command, TIMEOUT_S))
+            options = ("--sync", "strict")
+            if cell["way"] in WAYS:
+                chosen = [str(tiers) if option == "TIERS" else option for option in WAYS[cell["way"]][1]]
+                options = ("--sync", "relaxed", "--deadline-ms", cell["deadline"], "--max-lag", str(cell["max_lag"]),
+                           "--quality", str(cell["quality"]), *chosen)  # fmt: skip
+            count = tokens if cell["way"] in WAYS else max(2, tokens // 10)
+            program = scoring(model, options, text, count, context)
+            return scored(program, lambda command: run_in_lab(scenario, command, TIMEOUT_S, seed))
+
+        measure(groups, run, line_of, lambda cell: 30 + 0.3 * tokens, minutes, results)
+    return conclude(results, table, lambda content, path: None, None)
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
