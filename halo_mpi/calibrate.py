@@ -33,7 +33,8 @@ def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: i
     Text streams through the model layer by layer. The new version has the same weights, its FFN neurons sorted by importance, and beside
     them: what tells how much each group and head matters one layer ahead, and estimates of what each
     would contribute, for when it is late. A run that was stopped goes on where it was. Copy the new version to all hosts: ranks with
-    different ones refuse to work together. Under mpirun, the ranks share the text; each needs all shards on its disk.
+    different ones refuse to work together. Memory: one layer's weights in f32, its moments (8 bytes times hidden times hidden plus FFN), 6
+    bytes per token and hidden channel, and the vocabulary. Under mpirun, the ranks share the text; each needs all shards on its disk.
     """
     from halo_mpi.predict.command import Calibration
 

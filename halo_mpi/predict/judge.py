@@ -11,11 +11,11 @@ TINY = 1e-6
 
 
 def judge_importance(
-    windows: list[tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, bias: torch.Tensor, groups: int, skipped: int
+    windows: list[tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, bias: torch.Tensor, groups: int
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Rank correlation and recall of windows' (inputs [T, D], sizes [T, G + H]), for groups and for heads."""
-    inputs = torch.cat([inputs[skipped:] for inputs, _ in windows])
-    actual = torch.cat([sizes[skipped:] for _, sizes in windows])
+    inputs = torch.cat([inputs for inputs, _ in windows])
+    actual = torch.cat([sizes for _, sizes in windows])
     predicted = inputs @ weight.T + bias
     parts = (slice(0, groups), slice(groups, None))
     correlation = tuple(rank_correlation(predicted[:, part], actual[:, part]) for part in parts)
@@ -23,17 +23,17 @@ def judge_importance(
 
 
 def judge_estimates(
-    windows: list[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, parts: list[slice], fits: list[LowRank], skipped: int
+    windows: list[tuple[torch.Tensor, torch.Tensor]], out: torch.Tensor, parts: list[slice], fits: list[LowRank]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`recovered` and `memory` of each part, from windows' (inputs [T, D], inner [T, K])."""
     recovered, memory = [], []
-    tokens = sum(len(inputs) - skipped for inputs, _ in windows)
+    tokens = sum(len(inputs) for inputs, _ in windows)
     for part, fit in zip(parts, fits):
         missed = repeated = repeatable = 0.0
         for inputs, inner in windows:
-            y = inner[skipped:, part] @ out[:, part].T
+            y = inner[:, part] @ out[:, part].T
             size = y.norm(dim=-1).clamp(min=TINY)
-            error = (y - apply(fit, inputs[skipped:])) / size[:, None]
+            error = (y - apply(fit, inputs)) / size[:, None]
             missed += float(error.pow(2).sum())
             repeated += float((error[1:] * error[:-1]).sum())
             repeatable += float(error[:-1].pow(2).sum())

@@ -21,7 +21,9 @@ from halo_mpi.wire.exchange import add_up, broadcast
 
 ESTIMATE_RIDGE, IMPORTANCE_RIDGE = 0.1, 0.05  # the prototypes'
 SKIPPED = 1  # tokens at the start of a window: attention sinks, with activations a hundred times larger
+LEAST_SQUARE = 1e-4  # of the median |output|^2: what is smaller counts no more
 TINY = 1e-12
+Pair = tuple[torch.Tensor, torch.Tensor]  # inputs [T, D] and what belongs to them [T, K], of a window
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +56,14 @@ class LayerCalibration:
 
     def run(self, walkers: Walkers, rank: int) -> LayerFit | None:
         """Move the walkers through the layer; on the root, the fit, with estimates of `rank`."""
-        config, held = self._config, walkers.part.held_out
         if self._layer == 0:
             walkers.ahead = self._normed(walkers.x, self._trunk.attention_norms).half()
-        heads, attention, seen = Moments(config.hidden, config.heads * config.head_dim), [], []
-        for window, x in enumerate(walkers.x):
-            inputs = self._normed(x, self._trunk.attention_norms)
-            mixed = self._share.mix(0, inputs, 0)
-            self._advance(x, mixed, self._weights.o, self._trunk.o_bias, heads if window >= held else None, inputs)
-            attention.append(norms(mixed, self._weights.o, self._heads))
-            if window < held:
-                seen.append((inputs, mixed))
+        heads, head_sizes, heads_seen = self._attention(walkers)
         head_fits = self._estimates(heads, self._weights.o, self._heads, rank)
-        del heads
+        del heads  # the largest thing here, beside the FFN's
         order = self._sort(walkers)
-        ffn, importance = Moments(config.hidden, config.ffn), Moments(config.hidden, config.groups + config.heads)
-        sizes = torch.zeros(config.groups + config.heads, dtype=torch.float64)
-        judged_norms = []
-        for window, x in enumerate(walkers.x):
-            inputs = self._normed(x, self._trunk.ffn_norms)
-            activations = self._share.activations(0, inputs)
-            self._advance(x, activations, self._weights.down, self._trunk.down_bias, ffn if window >= held else None, inputs)
-            size = torch.cat((norms(activations, self._weights.down, self._groups), attention[window]), 1)
-            if window < held:
-                seen[window] += (inputs, activations)
-                judged_norms.append((walkers.ahead[window].float(), size))
-            else:
-                importance.add(walkers.ahead[window][SKIPPED:].float(), size[SKIPPED:].log())
-                sizes += size[SKIPPED:].sum(0)
-            walkers.ahead[window] = inputs.half()
-        group_fits = self._estimates(ffn, self._weights.down, self._groups, rank)
+        groups, importance, sizes, groups_seen, sizes_seen = self._ffn(walkers, head_sizes)
+        group_fits = self._estimates(groups, self._weights.down, self._groups, rank)
         importance.add_up(self._comm)
         add_up(self._comm, sizes.numpy())
         if self._comm.rank:
@@ -91,27 +71,61 @@ class LayerCalibration:
         fit = importance.solve(IMPORTANCE_RIDGE)
         weight, bias = fit.coefficients.T.contiguous(), fit.mean_z - fit.mean_x @ fit.coefficients
         judged = Judged(
-            *judge_importance(judged_norms, weight, bias, config.groups, SKIPPED),
-            *judge_estimates([(s[2], s[3]) for s in seen], self._weights.down, self._groups, group_fits, SKIPPED),
-            *judge_estimates([(s[0], s[1]) for s in seen], self._weights.o, self._heads, head_fits, SKIPPED),
+            *judge_importance(sizes_seen, weight, bias, len(self._groups)),
+            *judge_estimates(groups_seen, self._weights.down, self._groups, group_fits),
+            *judge_estimates(heads_seen, self._weights.o, self._heads, head_fits),
         )
-        shares = torch.cat([part / part.sum() for part in sizes.split((config.groups, config.heads))])
+        shares = torch.cat([part / part.sum() for part in sizes.split((len(self._groups), len(self._heads)))])
         return LayerFit(order, group_fits, head_fits, weight.numpy(), bias.numpy(), shares.float().numpy(), judged)
+
+    def _attention(self, walkers: Walkers) -> tuple[Moments, list[torch.Tensor], list[Pair]]:
+        """Through the attention. Moments of what the heads read; the size of each head's output; and what is held out."""
+        moments, sizes, seen = Moments(self._config.hidden, len(self._heads) * self._config.head_dim), [], []
+        for window, x in enumerate(walkers.x):
+            inputs = self._normed(x, self._trunk.attention_norms)
+            mixed = self._share.mix(0, inputs, 0)
+            weight = self._advance(x, mixed, self._weights.o, self._trunk.o_bias)
+            sizes.append(norms(mixed, self._weights.o, self._heads))
+            if window < walkers.part.held_out:
+                seen.append((inputs[SKIPPED:], mixed[SKIPPED:]))
+            else:
+                moments.add(inputs[SKIPPED:], mixed[SKIPPED:], weight[SKIPPED:])
+        return moments, sizes, seen
+
+    def _ffn(self, walkers: Walkers,
+             head_sizes: list[torch.Tensor]) -> tuple[Moments, Moments, torch.Tensor, list[Pair], list[Pair]]:  # fmt: skip
+        """Through the FFN. Moments of the activations, and of log sizes from the layer before; sums of sizes; what is held out."""
+        hidden, parts = self._config.hidden, len(self._groups) + len(self._heads)
+        moments, importance = Moments(hidden, self._config.ffn), Moments(hidden, parts)
+        sums, seen, sizes_seen = torch.zeros(parts, dtype=torch.float64), [], []
+        for window, x in enumerate(walkers.x):
+            inputs = self._normed(x, self._trunk.ffn_norms)
+            activations = self._share.activations(0, inputs)
+            weight = self._advance(x, activations, self._weights.down, self._trunk.down_bias)
+            sizes = torch.cat((norms(activations, self._weights.down, self._groups), head_sizes[window]), 1)[SKIPPED:]
+            ahead = walkers.ahead[window][SKIPPED:].float()
+            if window < walkers.part.held_out:
+                seen.append((inputs[SKIPPED:], activations[SKIPPED:]))
+                sizes_seen.append((ahead, sizes))
+            else:
+                moments.add(inputs[SKIPPED:], activations[SKIPPED:], weight[SKIPPED:])
+                importance.add(ahead, sizes.log())
+                sums += sizes.sum(0)
+            walkers.ahead[window] = inputs.half()
+        return moments, importance, sums, seen, sizes_seen
 
     def _normed(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, norm[self._layer], self._config.norm_eps)
 
-    def _advance(self, x: torch.Tensor, inner: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None,
-                 moments: Moments | None, inputs: torch.Tensor) -> None:  # fmt: skip
-        """Add out(inner) to the window's residual vectors x, and count what `inner` was for these inputs.
+    def _advance(self, x: torch.Tensor, inner: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Add out(inner) to a window's residual vectors x [T, D]; how much each token counts, [T].
 
-        Each token counts by 1 / |output|^2, so that relative errors are what is made small: outputs differ a thousandfold.
+        It is 1 / |output|^2, so that relative errors are what is made small: outputs differ a thousandfold.
         """
         y = F.linear(inner, out)
         x += y if bias is None else y + bias[self._layer]
-        if moments:
-            weight = 1 / y.pow(2).sum(-1).clamp(min=TINY)
-            moments.add(inputs[SKIPPED:], inner[SKIPPED:], weight[SKIPPED:])
+        square = y.pow(2).sum(-1)
+        return 1 / square.clamp(min=float(LEAST_SQUARE * square.median()) + TINY)
 
     def _estimates(self, moments: Moments, out: torch.Tensor, parts: list[slice], rank: int) -> list[LowRank]:
         moments.add_up(self._comm)

@@ -18,8 +18,6 @@ from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import add_up
 
 HELD_OUT_EVERY, MOST_HELD_OUT = 8, 8  # windows
-
-
 ORDER_FROM = 4  # every so manieth window decides the neurons' order
 
 
