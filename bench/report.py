@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from bench import load, quality, scaling, scenes, stress, tpot, tradeoff
-from halo_mpi.figures import figure, require_matplotlib
+from bench import estimates, load, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
+from halo_mpi.figures import figure, require_matplotlib
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = "report.md"
@@ -70,6 +70,9 @@ KINDS = {
     "tradeoff": Kind("Time against quality", tradeoff.table, tradeoff.plot),
     "scenes": Kind("Scenarios", scenes.table),
     "stress": Kind("Stress", stress.table),
+    "unstable": Kind("Bad devices", unstable.table),
+    "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
+    "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
     "load": Kind("Start-up and loading", load.table, load.plot),
     "dtypes": Kind("Storage dtypes", dtypes_table, dtypes_plot),

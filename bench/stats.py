@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 WARM_UP_TOKENS = 2  # of each run: the prompt's, whose time is TTFT, and the next, in which the connections find their pace
+ENOUGH_PAIRS = 4
+T_975 = {3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}  # Student's, by degrees of freedom
 FEW_TOKENS = 100  # below this there is no 99th percentile
 
 
@@ -64,15 +66,26 @@ def p99_name(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Of pairs: the median and the extremes."""
+    """Of pairs: the median, the extremes, and from `ENOUGH_PAIRS` on the 95 % interval of the geometric mean (Student's t)."""
 
     median: float
     low: float
     high: float
     pairs: int
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> "Ratio":
+        interval, count = None, len(ratios)
+        if count >= ENOUGH_PAIRS:
+            logs = np.log(ratios)
+            width = T_975[min(count - 1, max(T_975))] * logs.std(ddof=1) / np.sqrt(count)
+            interval = float(np.exp(logs.mean() - width)), float(np.exp(logs.mean() + width))
+        return cls(float(np.median(ratios)), min(ratios), max(ratios), count, interval)
 
     def __str__(self) -> str:
-        return f"{self.median:.2f}" + (f" ({self.low:.2f} .. {self.high:.2f})" if self.pairs > 1 else " (1 pair)")
+        interval = f", 95 %: {self.interval[0]:.3f} .. {self.interval[1]:.3f}" if self.interval else ""
+        return f"{self.median:.2f}" + (f" ({self.low:.2f} .. {self.high:.2f}{interval})" if self.pairs > 1 else " (1 pair)")
 
 
 def pairwise(runs: Iterable[dict], others: Iterable[dict], value: Callable[[dict], float | None]) -> Ratio | None:
@@ -80,7 +93,7 @@ def pairwise(runs: Iterable[dict], others: Iterable[dict], value: Callable[[dict
     by_repeat = {run["repeat"]: value(run) for run in others}
     pairs = [(value(run), by_repeat.get(run["repeat"])) for run in runs]
     ratios = [mine / other for mine, other in pairs if mine and other]
-    return Ratio(float(np.median(ratios)), min(ratios), max(ratios), len(ratios)) if ratios else None
+    return Ratio.of(ratios) if ratios else None
 
 
 def token_ms(run: dict) -> float | None:

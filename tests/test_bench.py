@@ -17,7 +17,7 @@ from bench.pagecache import drop, resident, warm
 from bench.results import Results
 from bench.rounds import measure
 from bench.shapes import SHAPES, RandomSource, meta_of
-from bench.stats import identities, pairwise, pooled, samples_of, token_ms
+from bench.stats import Ratio, identities, pairwise, pooled, samples_of, token_ms
 from halo_mpi.model.tokenizer import TokenizerFiles
 from halo_mpi.store.encoding import Blocks
 from halo_mpi.store.reader import ModelStore
@@ -76,6 +76,14 @@ def test_ratios_are_taken_within_a_repeat():
     ratio = pairwise(half, slow_first, token_ms)
     assert (ratio.median, ratio.low, ratio.high, ratio.pairs) == (0.5, 0.5, 0.5, 2)
     assert pairwise(half, [], token_ms) is None
+
+
+def test_the_interval_of_a_mean_ratio_narrows_with_the_pairs():
+    assert Ratio.of([1.0, 1.1, 0.9]).interval is None
+    low, high = Ratio.of([1.02, 0.98, 1.01, 0.99]).interval
+    assert low < 1 < high and high - low == pytest.approx(2 * 3.182 * 0.01826 / 2, rel=0.01)
+    assert np.ptp(Ratio.of([1.02, 0.98, 1.01, 0.99] * 4).interval) < high - low
+    assert "95 %: 0.9" in str(Ratio.of([1.02, 0.98, 1.01, 0.99]))
 
 
 def test_the_99th_percentile_of_a_few_samples_is_called_their_maximum():
