@@ -65,12 +65,13 @@ def ways_of(config: ModelConfig, found: dict) -> list[Way]:
 
 
 def windows_of(store: ModelStore, tokens: int, length: int) -> np.ndarray:
-    """Half a novel, half a reference, [windows, length]."""
+    """Half a novel, half a reference, [windows, length], as many of each; fewer if the novel is too short."""
     tokenizer = Tokenizer(TokenizerFiles.from_dict(store.meta["tokenizer"]))
     count = max(1, tokens // (2 * length))
     texts = (NOVEL.read_text(), language_reference())
     ids = [tokenizer.encode(text[: 8 * count * length], special=False)[: count * length] for text in texts]
-    return np.concatenate([np.array(own, np.int32)[: len(own) // length * length].reshape(-1, length) for own in ids])
+    cut = [np.array(own, np.int32)[: len(own) // length * length].reshape(-1, length) for own in ids]
+    return np.concatenate([own[: min(map(len, cut))] for own in cut])
 
 
 def table(content: dict) -> Table:

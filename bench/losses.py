@@ -147,9 +147,10 @@ class Simulation:
         if filled == "mean":
             return (actual * came).cumsum(0) / came.cumsum(0).clamp(min=1)
         error = actual - sum(apply(layer.estimates[kind][part], inputs) for part in unit)
-        last = torch.where(gone, 0, torch.arange(len(gone))).cummax(0)[0]
-        memory = float(np.clip(np.mean([layer.memory[kind][part] for part in unit]), 0, 1))
-        return actual - error + memory * error[last]
+        here = torch.arange(len(gone))
+        last = torch.where(gone, 0, here).cummax(0)[0]
+        memory = float(np.clip(np.mean([layer.memory[kind][part] for part in unit]), 0, 1)) ** (here - last)
+        return actual - error + torch.where(last > 0, memory, 0.0)[:, None] * error[last]  # the first token is like no other
 
     def _losses(self, way: int) -> np.ndarray:
         found = []

@@ -20,7 +20,7 @@ from bench.tables import Table
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.loading import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
-from halo_mpi.predict.command import RANK
+from halo_mpi.engine.calibration import WIDTH
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.sorting import put_in_order
 from halo_mpi.predict.texts import SHIPPED, windows
@@ -75,7 +75,12 @@ def main(model, calibration_tokens, tokens, out) -> int:
     torch.set_grad_enabled(False)
     config, store = config_of(model), ModelStore(model)
     trunk = load_trunk(store, config)
-    ids = windows(SHIPPED, Tokenizer(TokenizerFiles.from_dict(store.meta["tokenizer"])), calibration_tokens, 512)
+    ids = windows(
+        {path.name: path.read_text() for path in SHIPPED},
+        Tokenizer(TokenizerFiles.from_dict(store.meta["tokenizer"])),
+        calibration_tokens,
+        512,
+    )
     judged = windows_of(store, tokens, 512)
     walk = Walk(MPI.COMM_SELF, store, config, trunk, ids)
     results = Results("sorting", out, 0, model=config.name, tokens=int(judged.size), calibration_tokens=int(ids.size))
@@ -83,7 +88,7 @@ def main(model, calibration_tokens, tokens, out) -> int:
         for unit in UNITS:
             files = ProgressFiles(Path(name) / f"{unit}" / "model", "", 0)
             files.begin()
-            for _ in progress(walk.fit(files, RANK, unit), config.layers, f"calibrating, {unit}"):
+            for _ in progress(walk.fit(files, WIDTH, unit), config.layers, f"calibrating, {unit}"):
                 pass
             for rounded in (None,) if unit == BLOCK else (None, "int8", "int4"):
                 ways = ways_of(config)[: 1 if rounded else None]

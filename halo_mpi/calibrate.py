@@ -30,13 +30,16 @@ def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: i
               threads: int | None, verbose: bool) -> None:  # fmt: skip
     """Measure importance, fit predictor and estimates, and write a calibrated version of MODEL in its place.
 
-    Text streams through the model layer by layer. The new version has the same weights, its FFN neurons sorted by importance, and beside
-    them: what tells how much each group and head matters one layer ahead, and estimates of what each
-    would contribute, for when it is late. A run that was stopped goes on where it was. Copy the new version to all hosts: ranks with
-    different ones refuse to work together. Memory: one layer's weights in f32, its moments (8 bytes times hidden times hidden plus FFN), 6
-    bytes per token and hidden channel, and the vocabulary. Under mpirun, the ranks share the text; each needs all shards on its disk.
+    Text streams through the model layer by layer. The new version has the same weights, its FFN neurons sorted by importance (a 4-bit
+    or 8-bit down projection is rounded again to 8 bits), and beside them: what tells how much each group and head matters one layer
+    ahead, and estimates of what each would contribute, for when it is late. Other files in the folder are lost. A run that was
+    stopped goes on where it was. Copy the new version to all hosts: ranks with different ones refuse to work together.
+
+    Memory: the vocabulary, one layer's weights in f32, its moments (about 40 bytes times hidden times the larger of hidden and FFN),
+    and 6 bytes per token and hidden channel, which are also written to disk after each layer. Under mpirun, the ranks share the text; each
+    needs all shards on its disk.
     """
-    from halo_mpi.predict.command import Calibration
+    from halo_mpi.engine.calibration import Calibration
 
     begin = time.perf_counter()
     calibration = Calibration(comm, model, threads, verbose)
@@ -45,8 +48,8 @@ def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: i
     if facts:
         groups, heads = (fmean(share for layer in facts[kind]["recovered"] for share in layer) for kind in ("groups", "heads"))
         click.echo(
-            f"{model}: calibrated on {facts['tokens']} tokens in {time.perf_counter() - begin:.0f} s; an estimate recovers "
-            f"{groups:.0%} of a late FFN group, {heads:.0%} of a head; `halo-mpi inspect {model}` shows more",
+            f"{model}: calibrated on {facts['tokens']} tokens in {time.perf_counter() - begin:.0f} s; an estimate explains "
+            f"{groups:.0%} of |output|^2 of a late FFN group, {heads:.0%} of a head's; `halo-mpi inspect {model}` shows more",
             err=True,
         )
 

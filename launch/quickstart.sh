@@ -15,7 +15,7 @@ if [ ! -e "$model" ]; then
     say "converting the demo model to models/smollm2-135m.halo"
     "$venv/bin/python" -m halo_mpi.convert "$demo_gguf" "$model" --shards 4
 fi
-if ! "$venv/bin/python" -m halo_mpi.inspect "$model" --json | grep -q '"calibration": {'; then
+if ! "$venv/bin/python" -m halo_mpi.inspect "$model" --json | grep '"calibration": {' > /dev/null; then
     say "calibrating the demo model, so that --sync relaxed knows what matters (a minute on a PC, more on a Pi; Ctrl-C is safe)"
     "$venv/bin/python" -m halo_mpi.calibrate "$model" --tokens 16000
 fi

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.rewrite import sorted_groups, sorted_layout
+from halo_mpi.predict.sorting import neurons
 from halo_mpi.store.reader import ModelStore
 from tests.conftest import calibrate, converted
-from tests.mpi import halo, report_of, run
+from tests.mpi import finish, halo, report_of, run, start_command
 from tests.tiny_models import TINY, write_tiny_hf
 
 mpi = pytest.mark.mpi
@@ -39,6 +41,12 @@ def units_of(store: ModelStore, records: list[np.ndarray], layout, unit: int) ->
     return rows, columns
 
 
+def joined(records: list[np.ndarray], layout, count: int) -> dict[str, np.ndarray]:
+    """A layer's gate and up, neurons first, and down, neurons first too."""
+    parts = {name: [layout.unpack(record, name) for record in records] for name in ("gate", "up", "down")}
+    return {name: np.concatenate([p.T if name == "down" else p for p in each])[:count] for name, each in parts.items()}
+
+
 def stored_units(store: ModelStore, layer: int, unit: int = 1) -> tuple[set[bytes], set[bytes]]:
     groups = ModelConfig.from_dict(store.meta["config"]).groups
     return units_of(store, [store.read("ffn", layer, group) for group in range(groups)], store.layout("ffn"), unit)
@@ -61,8 +69,11 @@ def test_sorted_blocks_stay_as_they_are_whatever_the_storage(tmp_path, dtype):
     write_tiny_hf(tmp_path / "source", TINY)
     store = ModelStore(converted(tmp_path / "source", tmp_path / "tiny.halo", dtype))
     config = ModelConfig.from_dict(store.meta["config"])
-    records = sorted_groups(store, config, 1, np.array([2, 0, 1]), 32)
-    assert units_of(store, records, store.layout("ffn"), 32) == stored_units(store, 1, 32)
+    order = np.array([2, 0, 1])
+    before = joined([store.read("ffn", 1, group) for group in range(config.groups)], store.layout("ffn"), config.ffn)
+    after = joined(sorted_groups(store, config, 1, order, 32), store.layout("ffn"), config.ffn)
+    for name, matrix in before.items():
+        assert (after[name] == matrix[neurons(order, 32, config.ffn)]).all()
     store.close()
 
 
@@ -75,12 +86,11 @@ def test_where_single_neurons_are_sorted_only_down_is_rounded(tmp_path, dtype, s
     target = sorted_layout(layout, 1)
     assert target.parts["down"].dtype == stored and target.parts["gate"].dtype == dtype
     records = sorted_groups(store, config, 0, order, 1)
-    assert units_of(store, records, target, 1)[0] == stored_units(store, 0)[0]
-    before, after = (
-        np.concatenate([where.unpack(record, "down") for record in each], 1)
-        for where, each in ((layout, [store.read("ffn", 0, group) for group in range(config.groups)]), (target, records))
-    )
-    assert np.abs(after - before[:, order]).max() <= error * np.abs(before).max()
+    before = joined([store.read("ffn", 0, group) for group in range(config.groups)], layout, config.ffn)
+    after = joined(records, target, config.ffn)
+    for name in ("gate", "up"):
+        assert (after[name] == before[name][order]).all()
+    assert np.abs(after["down"] - before["down"][order]).max() <= error * np.abs(before["down"]).max()
     store.close()
 
 
@@ -94,6 +104,24 @@ def test_the_calibrated_model_says_the_same(plain, calibrated, tmp_path, ranks):
     other = report_of(ranks, "evaluate", tmp_path, "--model", calibrated, *shared)
     assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
     assert other["placement"] == ("even" if ranks == 1 else "importance")
+
+
+@mpi
+@pytest.mark.parametrize("options", [("int4", "--sort", "blocks"), ("f32", "--sort", "neurons")])
+def test_biases_and_a_last_group_that_is_short_are_calibrated_too(tmp_path, options):
+    """FFN 100: three groups of 32 and one of 4. Hidden 48: blocks of 32 columns are filled up."""
+    dtype, *sort = options
+    write_tiny_hf(tmp_path / "source", replace(TINY, hidden=48, ffn=100), biases=True)
+    model = converted(tmp_path / "source", tmp_path / "model.halo", dtype)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 3)
+    shared = ("--model", model, "--text", text, "--context", 32, "--wire", "f32")
+    before = report_of(1, "evaluate", tmp_path, *shared)
+    calibrate(model, *OPTIONS, *sort)
+    after = report_of(3, "evaluate", tmp_path, *shared)
+    assert after["perplexity"] == pytest.approx(before["perplexity"], rel=1e-4) and after["placement"] == "importance"
+    late = report_of(3, "evaluate", tmp_path, *shared, "--sync", "relaxed", "--check", "--deadline-ms", 0, "--quality", 1)
+    assert np.isfinite(late["perplexity"])
 
 
 @mpi
@@ -135,7 +163,8 @@ def test_several_ranks_find_what_one_finds(plain, tmp_path, ranks):
 
 @mpi
 def test_inspect_shows_what_was_found(calibrated, tmp_path):
-    done = halo(1, "inspect", calibrated, "--verify", "--plot", tmp_path / "importance.png")
+    command = [sys.executable, "-m", "halo_mpi.inspect", calibrated, "--verify", "--plot", tmp_path / "importance.png"]
+    done = finish(start_command(command), 60)
     assert done.code == 0 and "rank correlation" in " ".join(done.out.split()) and "estimates of rank 16" in done.out
     assert (tmp_path / "importance.png").stat().st_size > 10_000
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from halo_mpi.engine.estimate import ATTENTION_LAST, MEMORY, RunningMeans
+from halo_mpi.engine.running_means import ATTENTION_LAST, MEMORY, RunningMeans
+from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.shares import WorkShares
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
@@ -12,8 +13,8 @@ from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
-pytestmark = pytest.mark.timeout(60)
-FFN, ATTENTION = (Kind.FFN, 0, 1), (Kind.ATTENTION, 0, 1)
+pytestmark = pytest.mark.timeout(150)  # the first test waits for the calibration
+FFN, ATTENTION = ((Kind.FFN, 0, 1), 5), ((Kind.ATTENTION, 0, 1), 5)  # key and position
 NOTHING = np.zeros((1, 1), np.float32)
 
 
@@ -86,18 +87,29 @@ def test_a_workers_estimate_is_the_sum_of_its_groups_and_heads(of_four, kind):
     for layer in range(config.layers):
         for rank in set(owners[layer].tolist()) - {0}:
             expected = one_by_one(store, config, plan, kind, layer, rank, x[0])
-            assert estimates.estimate(kind, layer, rank, x) == pytest.approx(expected, rel=1e-2, abs=1e-2)
+            assert estimates.estimate((kind, layer, rank), 3, x) == pytest.approx(expected, rel=1e-2, abs=1e-2)
     assert estimates.nbytes == pytest.approx(estimate_bytes(store, config, plan), rel=0.01)
 
 
-def test_the_last_answer_tells_of_the_estimates_error(of_four):
+def test_the_last_answer_tells_of_the_estimates_error_as_long_as_it_is_new(of_four):
     store, config, plan = of_four
     estimates, key = LowRankEstimates(*of_four, 4), (Kind.ATTENTION, 1, 3)
     x, y = np.random.default_rng(2).standard_normal((2, 1, config.hidden), np.float32)
-    memory = float(estimates._maps[key][3])
-    error = y[0] - estimates.estimate(*key, x)
-    estimates.observe(*key, x, y)
-    assert estimates.estimate(*key, x) == pytest.approx(y[0] - (1 - memory) * error, rel=1e-2, abs=1e-2)
+    memory, plain = float(estimates._maps[key][3]), estimates.estimate(key, 4, x)
+    assert 0 < memory < 1
+    estimates.observe(key, 4, x, y)
+    for age in (1, 3):
+        assert estimates.estimate(key, 4 + age, x) == pytest.approx(plain + memory**age * (y[0] - plain), rel=1e-2, abs=1e-2)
+    estimates.begin_text()
+    assert (estimates.estimate(key, 5, x) == plain).all()
+
+
+def test_nothing_is_learned_from_the_first_token_of_a_text(of_four):
+    predictor = make_predictor(*of_four, 4, True)
+    x, y = np.random.default_rng(2).standard_normal((2, 1, of_four[1].hidden), np.float32)
+    plain = predictor.estimate((Kind.FFN, 1, 3), 1, x)
+    predictor.observe((Kind.FFN, 1, 3), 0, x, y)
+    assert (predictor.estimate((Kind.FFN, 1, 3), 1, x) == plain).all() and predictor.seconds > 0
 
 
 def test_shares_add_up_to_the_syncs_whatever_is_predicted(of_four):
@@ -112,14 +124,19 @@ def test_shares_add_up_to_the_syncs_whatever_is_predicted(of_four):
     shares.look_ahead(config.layers, np.zeros((1, config.hidden), np.float32))  # after the last layer there is nothing to predict
 
 
-def test_the_root_has_what_matters_most(of_four):
+def test_the_rest_of_a_token_is_the_sum_of_its_shares(of_four):
     store, config, plan = of_four
     shares = PredictedShares(*of_four, 4)
-    for layer in range(config.layers):
-        of_groups = store.meta["calibration"]["groups"]["importance"][layer]
-        assert set(np.flatnonzero(plan.ffn[layer] == 0)) == set(range(int((plan.ffn[layer] == 0).sum())))
-        assert len(of_groups) == config.groups
-    assert shares.usual({1}) < 1 and shares.usual({1, 2}) == pytest.approx(shares.usual({1}) + shares.usual({2}))
+    in_turn = [shares.share(kind, layer, {2, 3}) for layer in range(config.layers) for kind in (Kind.ATTENTION, Kind.FFN)]
+    for sync in range(2 * config.layers + 1):
+        assert shares.rest(sync, {2, 3}) == pytest.approx(sum(in_turn[sync:]), abs=1e-6)
+    assert shares.rest(0, {0, 1, 2, 3}) == pytest.approx(2 * config.layers, rel=1e-3)
+
+
+def test_inputs_like_no_other_give_shares_all_the_same(of_four):
+    shares = PredictedShares(*of_four, 4)
+    shares.look_ahead(1, np.full((1, of_four[1].hidden), 1e4, np.float32))
+    assert np.isfinite([shares.share(kind, 1, {1, 2, 3}) for kind in (Kind.FFN, Kind.ATTENTION)]).all()
 
 
 def test_a_layer_that_seemed_to_cost_nothing_counts_a_little():
@@ -136,4 +153,4 @@ def test_without_calibration_shares_are_of_the_work():
     shares = WorkShares(make_plan(config, "even", [everything] * 3), 3)
     assert shares.share(Kind.FFN, 0, {1, 2}) == pytest.approx(2 / 3)
     assert shares.share(Kind.ATTENTION, 1, {2}) == pytest.approx(1 / 2)
-    assert shares.usual({2}) == pytest.approx(1 / 2)
+    assert shares.rest(0, {2}) == pytest.approx(4 / 2) and shares.rest(4, {2}) == 0

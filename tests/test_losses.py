@@ -12,7 +12,7 @@ from halo_mpi.model.loading import load_layer, load_trunk
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(150)  # the first test waits for the calibration
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from halo_mpi.model.llama import Share
 from halo_mpi.model.loading import load_layer, load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.predict.judge import rank_correlation, recall_of_least
-from halo_mpi.predict.layer import norms
+from halo_mpi.predict.layer import grams_of, norms
 from halo_mpi.predict.moments import Moments, apply
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.sorting import neurons, order_of, put_in_order
@@ -101,10 +101,10 @@ def test_ranks_and_recall():
 def test_norms_are_of_the_parts_outputs():
     inner, out, parts = drawn(20, 10), drawn(6, 10, seed=1), [slice(0, 4), slice(4, 10)]
     expected = torch.stack([(inner[:, part] @ out[:, part].T).norm(dim=-1) for part in parts], 1)
-    assert torch.allclose(norms(inner, out, parts), expected, rtol=1e-4)
+    assert torch.allclose(norms(inner, grams_of(out, parts), parts), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("count, ranks", [(2, 1), (9, 2), (40, 3), (200, 4)])
+@pytest.mark.parametrize("count, ranks", [(2, 1), (2, 3), (9, 2), (40, 3), (200, 4)])
 def test_every_window_is_somebodys_and_the_root_judges(count, ranks):
     ids = np.arange(count * 3).reshape(count, 3)
     parts = [spread(ids, rank, ranks) for rank in range(ranks)]
@@ -125,18 +125,27 @@ def opened(deep):
 
 def test_the_text_that_is_shipped_is_cut_evenly(opened):
     tokenizer = Tokenizer(TokenizerFiles.from_dict(opened[0].meta["tokenizer"]))
-    ids = windows(SHIPPED, tokenizer, 6400, 64)
-    assert ids.dtype == np.int32 and ids.shape[1] == 64 and 95 <= len(ids) <= 105
+    texts = {path.name: path.read_text() for path in SHIPPED}
+    ids = windows(texts, tokenizer, 6400, 64)
+    assert ids.dtype == np.int32 and ids.shape == (100, 64)
+    of_code = windows({"code.txt": texts["code.txt"]}, tokenizer, 10**9, 64)
+    size = {name: len(tokenizer.encode(text, special=False)) for name, text in texts.items()}
+    found = sum(row.tobytes() in {own.tobytes() for own in of_code} for row in ids)
+    assert found == pytest.approx(100 * size["code.txt"] / sum(size.values()), abs=6)
     assert sum(path.stat().st_size for path in SHIPPED) < 2**20
 
 
-def test_too_little_text_is_refused(opened, tmp_path):
+def test_too_little_text_is_refused(opened):
     tokenizer = Tokenizer(TokenizerFiles.from_dict(opened[0].meta["tokenizer"]))
-    (tmp_path / "short.txt").write_text("the dog")
-    with pytest.raises(InputError, match="short.txt.*too little"):
-        windows([tmp_path / "short.txt"], tokenizer, 1000, 64)
-    with pytest.raises(InputError, match="missing.txt"):
-        windows([tmp_path / "missing.txt"], tokenizer, 1000, 64)
+    with pytest.raises(InputError, match="short.txt, other.txt.*too little"):
+        windows({"short.txt": "the dog", "other.txt": "the"}, tokenizer, 1000, 64)
+
+
+def test_few_windows_of_many_texts_are_two_at_least(opened):
+    tokenizer = Tokenizer(TokenizerFiles.from_dict(opened[0].meta["tokenizer"]))
+    texts = {f"{number}.txt": "the quick brown fox " * 40 for number in range(5)}
+    for tokens in (2, 64, 128, 200):
+        assert len(windows(texts, tokenizer, tokens, 64)) == max(2, tokens // 64)
 
 
 def test_a_sorted_layer_computes_the_same(opened):
@@ -167,7 +176,6 @@ def test_a_stopped_calibration_goes_on_where_it_was(opened, tmp_path):
     expected = walked(store, config, at_once, config.layers)
     assert len(walked(store, config, in_parts, 2)) == 2
     in_parts.begin()
-    (in_parts.folder / "layer-001.npz").touch()
     assert in_parts.layers_done(MPI.COMM_SELF) == 2
     found = walked(store, config, in_parts, config.layers)
     probe = drawn(10, config.hidden)
@@ -186,11 +194,13 @@ def test_what_belongs_to_other_settings_is_thrown_away(opened, tmp_path):
     assert other.layers_done(MPI.COMM_SELF) == 0
 
 
-def test_a_damaged_file_of_a_stopped_run_begins_anew(opened, tmp_path):
+@pytest.mark.parametrize("name, left", [("walkers-00-0.npz", 1), ("layer-000.npz", 0), ("layer-001.npz", 0)])
+def test_a_damaged_file_of_a_stopped_run_is_not_gone_on_from(opened, tmp_path, name, left):
     store, config = opened
     files = ProgressFiles(tmp_path / "model", "settings", 0)
     files.begin()
     walked(store, config, files, 2)
-    for path in files.folder.glob("walkers-*"):
-        path.write_bytes(path.read_bytes()[:100])
-    assert files.layers_done(MPI.COMM_SELF) == 0
+    assert files.layers_done(MPI.COMM_SELF) == 2
+    damaged = files.folder / name
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    assert files.layers_done(MPI.COMM_SELF) == left

@@ -23,6 +23,7 @@ class OpenSum:
     rank: int
     kind: Kind
     layer: int
+    position: int
     x: np.ndarray
     estimate: np.ndarray
     missed: int = 0
@@ -37,7 +38,6 @@ class OpenSums:
         self._max_lag, self._budget, self._ledger, self._syncs = max_lag, quality * syncs, ledger, syncs
         self._open: dict[tuple[int, int], OpenSum] = {}
         self._inexact = 0.0  # shares of syncs, summed over the token
-        self._syncs_left = 0  # of the token, the present one included
 
     def __len__(self) -> int:
         return len(self._open)
@@ -54,9 +54,9 @@ class OpenSums:
         """Workers for whom the next sync has to wait: it would be more than `max_lag` that lack something of theirs."""
         return {entry.rank for entry in self._open.values() if entry.missed >= self._max_lag}
 
-    def affords(self, share: float, away: float) -> bool:
-        """Whether this share of the present sync may be inexact too, while `away` of this and every later one will be."""
-        return self._max_lag > 0 and self._inexact + share + away * self._syncs_left <= self._budget
+    def affords(self, share: float, rest: float) -> bool:
+        """Whether this share of the present sync may be inexact too, while so much of it and all later ones will be."""
+        return self._max_lag > 0 and self._inexact + share + rest <= self._budget
 
     def open(self, entry: OpenSum, share: float) -> None:
         """The estimate goes in for now."""
@@ -77,11 +77,10 @@ class OpenSums:
         return final
 
     def begin_token(self) -> None:
-        self._inexact, self._syncs_left = 0.0, self._syncs + 1
+        self._inexact = 0.0
 
     def next_sync(self) -> None:
         """A sync's input was made, without what is open."""
-        self._syncs_left -= 1
         for entry in self._open.values():
             entry.missed += 1
 

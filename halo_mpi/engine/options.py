@@ -93,7 +93,7 @@ _OPTIONS = (
     click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True,
                  help="relaxed: how many syncs may lack a late answer before the root waits for it."),
     click.option("--quality", type=Finite(0, 1), default=0.3, show_default=True,
-                 help="relaxed: the largest share of a token's work that may be inexact."),
+                 help="relaxed: the largest share of a token's work that may be inexact; of its importance, if the model is calibrated."),
     click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True,
                  help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
     click.option("--kick-ms", type=Finite(0), default=1.0, show_default=True,
@@ -107,7 +107,8 @@ _OPTIONS = (
     click.option("--old-kernel", is_flag=True, help="Tune as if the kernel were older than 6.15; for measurements."),
     click.option("--check", is_flag=True, help="Recompute on the root what was added up, and stop if it is wrong."),
     click.option("--calibration/--no-calibration", default=True, show_default=True,
-                 help="relaxed: use what `halo-mpi calibrate` found out about the model, if it was calibrated."),
+                 help="relaxed: predict importance and late answers by what `halo-mpi calibrate` found, if the model was calibrated. "
+                      "--placement auto goes by it in any case."),
     click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
                  help="Who computes what. auto: even shares, and of a calibrated model the most important ones on the root. "
                       "FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: "

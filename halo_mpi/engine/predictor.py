@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from halo_mpi.engine.estimate import RunningMeans
+from halo_mpi.engine.running_means import RunningMeans
 from halo_mpi.engine.shares import WorkShares
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
@@ -14,6 +14,10 @@ from halo_mpi.predict.importance import PredictedShares
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
+
+
+Key = tuple[Kind, int, int]  # kind, layer, rank
+SINKS = 1  # tokens at the start of a text: attention sinks, unlike all others; nothing is estimated of them or from them
 
 
 def timed(method: Callable) -> Callable:
@@ -34,7 +38,7 @@ class Predictor:
 
     def __init__(self, shares: PredictedShares | WorkShares, estimates: LowRankEstimates | RunningMeans):
         self._shares, self._estimates, self.seconds = shares, estimates, 0.0
-        self.share, self.usual, self.too_costly = shares.share, shares.usual, shares.too_costly
+        self.share, self.rest, self.too_costly = shares.share, shares.rest, shares.too_costly
         self.calibrated = isinstance(estimates, LowRankEstimates)
 
     @timed
@@ -44,14 +48,19 @@ class Predictor:
             self._shares.look_ahead(layer + (kind == Kind.FFN), x)
 
     @timed
-    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
-        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
-        self._estimates.observe(kind, layer, rank, x, y)
+    def observe(self, key: Key, position: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], to x, f32 [T, D], came; the last row's token is at `position`."""
+        if position >= SINKS:
+            self._estimates.observe(key, position, x, y)
 
     @timed
-    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
-        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
-        return self._estimates.estimate(kind, layer, rank, x)
+    def estimate(self, key: Key, position: int, x: np.ndarray) -> np.ndarray:
+        """The answer to x, f32 [1, D], of the token at `position`, as it probably is: f32 [D]."""
+        return self._estimates.estimate(key, position, x)
+
+    def begin_text(self) -> None:
+        """What came before belongs to another text."""
+        self._estimates.begin_text()
 
 
 def make_predictor(store: ModelStore, config: ModelConfig, plan: Plan, ranks: int, calibration: bool) -> Predictor:

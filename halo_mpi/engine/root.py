@@ -20,7 +20,7 @@ from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
-from halo_mpi.engine.predictor import Predictor
+from halo_mpi.engine.predictor import SINKS, Key, Predictor
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink
@@ -53,7 +53,7 @@ class Root:
         self.predictor = predictor
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
-        self._epoch = 0
+        self._epoch, self._at = 0, 0  # the sync of the token
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
@@ -72,6 +72,7 @@ class Root:
         if position == 0:
             self._epoch = (self._epoch + 1) % EPOCHS
             self.crew.begin_text()
+            self.predictor.begin_text()
         self._sums.begin_token()
         x = trunk.embedding[tokens]  # [T, D]
         if self._check:
@@ -93,6 +94,7 @@ class Root:
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
         self._sums.next_sync()
+        self._at = 2 * layer + (kind == Kind.FFN)
         if self._relaxed and decoding:
             self._stop_asking(kind, layer)
             if kind == Kind.ATTENTION:
@@ -112,23 +114,25 @@ class Root:
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        answers, late = self._collect(seq, kind, layer, asked, self._must_be_exact(kind, layer, asked, decoding), decoding)
+        answers, late = self._collect(
+            seq, kind, layer, asked, self._must_be_exact(kind, layer, position, asked, decoding), decoding
+        )
         for rank in workers:
             if decoding and (rank in late or rank not in answers):
                 self.ledger.missed_deadline(rank)
             if rank in answers:
                 if self._relaxed:
-                    self.predictor.observe(kind, layer, rank, normed.numpy(), answers[rank])
+                    self.predictor.observe((kind, layer, rank), position + len(normed) - 1, normed.numpy(), answers[rank])
                 x = self._add(x, torch.from_numpy(answers[rank]))
             else:
-                x = x + torch.from_numpy(self._stand_in(seq, kind, layer, rank, normed.numpy()))
+                x = x + torch.from_numpy(self._stand_in(seq, (kind, layer, rank), position, normed.numpy()))
         x = self._correct(x)
         if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
 
-    def _must_be_exact(self, kind: Kind, layer: int, workers: list[int], decoding: bool) -> bool:
-        if not self._relaxed or not decoding or self.crew.overrun(workers):
+    def _must_be_exact(self, kind: Kind, layer: int, position: int, workers: list[int], decoding: bool) -> bool:
+        if not self._relaxed or not decoding or position < SINKS or self.crew.overrun(workers):
             return True
         return (layer in (0, self._config.layers - 1) or self.predictor.too_costly(kind, layer)) and not self._drops
 
@@ -170,7 +174,9 @@ class Root:
                 not exact
                 and missing <= late
                 and not overdue
-                and self._sums.affords(self.predictor.share(kind, layer, missing), self.predictor.usual(crew.done_without()))
+                and self._sums.affords(
+                    self.predictor.share(kind, layer, missing), self.predictor.rest(self._at, crew.done_without())
+                )
             ):
                 return answers, late
             if counting:
@@ -188,7 +194,7 @@ class Root:
         """Do without these workers, as far as the run's quality allows it; those that are behind now."""
         gone = set()
         for rank in ranks:
-            if not self._relaxed or not self._sums.affords(0.0, self.predictor.usual(self.crew.done_without() | {rank})):
+            if not self._relaxed or not self._sums.affords(0.0, self.predictor.rest(self._at, self.crew.done_without() | {rank})):
                 continue
             gone.add(rank)
             self.crew.leave(rank)
@@ -197,16 +203,17 @@ class Root:
                     self._check.add(entry.estimate)
         return gone
 
-    def _stand_in(self, seq: int, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
+    def _stand_in(self, seq: int, key: Key, position: int, x: np.ndarray) -> np.ndarray:
         """The estimate, f32 [1, D], for the answer to x that is not there."""
-        estimate = np.zeros_like(x[-1]) if self._drops else self.predictor.estimate(kind, layer, rank, x)
+        kind, layer, rank = key
+        estimate = np.zeros_like(x[-1]) if self._drops else self.predictor.estimate(key, position, x)
         share = self.predictor.share(kind, layer, {rank})
         if self._drops or self.crew.does_without(rank):
             self._sums.substitute(rank, share)
             if self._check:
                 self._check.add(estimate)
         else:
-            self._sums.open(OpenSum(seq, rank, kind, layer, x, estimate), share)
+            self._sums.open(OpenSum(seq, rank, kind, layer, position, x, estimate), share)
         return estimate[None]
 
     def _take_late(self, answer: Answer) -> None:
@@ -214,7 +221,7 @@ class Root:
         entry = self._sums.arrived(answer.seq, answer.rank)
         if entry:
             self._corrections.append(answer.y - entry.estimate)
-            self.predictor.observe(entry.kind, entry.layer, entry.rank, entry.x, answer.y)
+            self.predictor.observe((entry.kind, entry.layer, entry.rank), entry.position, entry.x, answer.y)
             if self._check:
                 self._check.add(answer.y[0])
 
@@ -226,7 +233,7 @@ class Root:
 
     def _settle(self, x: torch.Tensor) -> torch.Tensor:
         """Wait for everything that is open; what cannot come is final as estimated."""
-        link = self._link
+        link, self._at = self._link, 2 * self._config.layers
         if not self._sums:
             return x
         while True:

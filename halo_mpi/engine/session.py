@@ -21,7 +21,7 @@ from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
-from halo_mpi.engine.predictor import make_predictor, predictor_bytes
+from halo_mpi.engine.predictor import Predictor, make_predictor, predictor_bytes
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import HaloError
@@ -85,12 +85,15 @@ class Session:
         self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
         self._check_memory()
         self.share, trunk = self._together(self._read_weights)
+        predictor = self.on_root(
+            lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self._uses_calibration)
+        )
         self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
         self.load_s = time.perf_counter() - begin
         self.event("weights loaded")
-        self._connect(trunk)
+        self._connect(trunk, predictor)
 
-    def _connect(self, trunk: Trunk | None) -> None:
+    def _connect(self, trunk: Trunk | None, predictor: Predictor | None) -> None:
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
         mailbox = Mailbox(comm, workers if self.is_root else [ROOT], PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer)
@@ -99,7 +102,6 @@ class Session:
             link = self.link = RootLink(
                 mailbox, workers, sync.kick_ms / 1e3, None if sync.deadline_ms is None else sync.deadline_ms / 1e3
             )
-            predictor = make_predictor(self.store, self.config, self.plan, comm.size, self._uses_calibration)
             self.root = Root(
                 self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context, self.event, predictor
             )

@@ -16,7 +16,7 @@ class WorkShares:
             for kind, table in owners.items()
             for layer, row in enumerate(table)
         }
-        self._largest = np.max(list(self._shares.values()), axis=0)
+        self._largest, self._syncs = np.max(list(self._shares.values()), axis=0), len(self._shares)
 
     def look_ahead(self, layer: int, x: np.ndarray) -> None:
         """Nothing is known of this token."""
@@ -29,6 +29,6 @@ class WorkShares:
         """Nothing is known of this layer."""
         return False
 
-    def usual(self, ranks: set[int]) -> float:
-        """The largest part that is theirs in any sync."""
-        return float(self._largest[list(ranks)].sum())
+    def rest(self, sync: int, ranks: set[int]) -> float:
+        """At most their parts of this sync of a token and all later ones together."""
+        return float(self._largest[list(ranks)].sum()) * (self._syncs - sync)

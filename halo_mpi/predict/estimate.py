@@ -13,14 +13,14 @@ PARTS = {Kind.ATTENTION: ("heads", "head_estimate"), Kind.FFN: ("groups", "group
 class LowRankEstimates:
     """Of every (kind, layer, worker). With memory m, the worker's last answer tells of the error that the estimate has now:
 
-        y(t) is about f(x(t)) + m (y(s) - f(x(s)))   for the last answer that came, to x(s)
+        y(t) is about f(x(t)) + m^(t-s) (y(s) - f(x(s)))   for the last answer that came, to the token at s
 
     which needs f only once, since it is affine. Held in f16: 2 (2 rank + 1) D bytes for each group and head of the workers.
     """
 
     def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
         self._maps: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]] = {}
-        self._last: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        self._last: dict[tuple, tuple[int, np.ndarray, np.ndarray]] = {}
         found = store.meta["calibration"]
         for kind, owners in ((Kind.ATTENTION, plan.query), (Kind.FFN, plan.ffn)):
             name, table = PARTS[kind]
@@ -35,17 +35,22 @@ class LowRankEstimates:
     def nbytes(self) -> int:
         return sum(array.nbytes for arrays in self._maps.values() for array in arrays)
 
-    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
-        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
-        self._last[kind, layer, rank] = x[-1].copy(), y[-1].copy()
+    def begin_text(self) -> None:
+        """The last answers belong to another text."""
+        self._last.clear()
 
-    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
-        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
-        inward, outward, bias, memory = self._maps[kind, layer, rank]
+    def observe(self, key: tuple[Kind, int, int], position: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], to x, f32 [T, D], came; the last row's token is at `position`."""
+        self._last[key] = position, x[-1].copy(), y[-1].copy()
+
+    def estimate(self, key: tuple[Kind, int, int], position: int, x: np.ndarray) -> np.ndarray:
+        """The answer to x, f32 [1, D], of the token at `position`, as it probably is: f32 [D]."""
+        inward, outward, bias, memory = self._maps[key]
         inputs, rest = x[-1], bias.astype(np.float32)
-        last = self._last.get((kind, layer, rank))
-        if last:
-            inputs, rest = inputs - memory * last[0], (1 - memory) * rest + memory * last[1]
+        if key in self._last:
+            last, last_x, last_y = self._last[key]
+            kept = memory ** np.float32(position - last)
+            inputs, rest = inputs - kept * last_x, (1 - kept) * rest + kept * last_y
         return (inward.astype(np.float32) @ inputs) @ outward.astype(np.float32) + rest
 
 

@@ -21,7 +21,7 @@ class PredictedShares:
         found, layout = store.meta["calibration"], store.layout("importance")
         records = [store.read("importance", layer, 0) for layer in range(config.layers)]
         self._weight = [layout.unpack(record, "weight") for record in records]
-        self._bias = [layout.unpack(record, "bias")[0] for record in records]
+        self._bias = [layout.unpack(record, "bias")[0].copy() for record in records]  # not a view of a whole record
         self._groups, self._ranks = config.groups, ranks
         self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._cost = _relative_costs(found["sensitivity"], config.layers)
@@ -31,14 +31,15 @@ class PredictedShares:
             for kind in usual
             for layer in range(config.layers)
         }
-        self._usual = np.mean(list(self._shares.values()), axis=0)
+        in_turn = [self._shares[kind, layer] for layer in range(config.layers) for kind in (Kind.ATTENTION, Kind.FFN)]
+        self._rest = np.cumsum([np.zeros(ranks), *in_turn[::-1]], axis=0)[::-1]  # from each sync of a token to its end
 
     def look_ahead(self, layer: int, x: np.ndarray) -> None:
         """Predict the shares of a layer's two syncs from x, f32 [1, D]: the FFN's input in the layer before, or the first input."""
         if layer < len(self._weight):
-            sizes = np.exp(self._weight[layer] @ x[-1] + self._bias[layer])
-            self._shares[Kind.FFN, layer] = self._by_rank(Kind.FFN, layer, sizes[: self._groups])
-            self._shares[Kind.ATTENTION, layer] = self._by_rank(Kind.ATTENTION, layer, sizes[self._groups :])
+            groups, heads = np.split(self._weight[layer] @ x[-1] + self._bias[layer], [self._groups])
+            self._shares[Kind.FFN, layer] = self._by_rank(Kind.FFN, layer, np.exp(groups - groups.max()))
+            self._shares[Kind.ATTENTION, layer] = self._by_rank(Kind.ATTENTION, layer, np.exp(heads - heads.max()))
 
     def share(self, kind: Kind, layer: int, ranks: set[int]) -> float:
         """The workers' part of a sync."""
@@ -49,9 +50,9 @@ class PredictedShares:
         """Whether a missing part of this sync costs so much more than of others that it is better to wait."""
         return bool(self._cost[kind][layer] > TOO_COSTLY)
 
-    def usual(self, ranks: set[int]) -> float:
-        """Their part of a sync, the mean over all syncs and the calibration's text."""
-        return float(sum(self._usual[rank] for rank in ranks))
+    def rest(self, sync: int, ranks: set[int]) -> float:
+        """Their parts of this sync of a token and all later ones together, as usual in the calibration's text."""
+        return float(sum(self._rest[sync, rank] for rank in ranks))
 
     def _by_rank(self, kind: Kind, layer: int, sizes: np.ndarray) -> np.ndarray:
         owned = np.bincount(self._owners[kind][layer], sizes, self._ranks)

@@ -7,6 +7,7 @@ from halo_mpi.predict.fits import LowRank
 from halo_mpi.predict.moments import apply
 
 LEAST = 4  # the least important 1/4
+LEAST_SIZE = 0.1  # of the median |output|: errors where a part says almost nothing count no more than this
 TINY = 1e-6
 
 
@@ -32,7 +33,8 @@ def judge_estimates(
         missed = repeated = repeatable = 0.0
         for inputs, inner in windows:
             y = inner[:, part] @ out[:, part].T
-            size = y.norm(dim=-1).clamp(min=TINY)
+            size = y.norm(dim=-1)
+            size = size.clamp(min=float(LEAST_SIZE * size.median()) + TINY)
             error = (y - apply(fit, inputs)) / size[:, None]
             missed += float(error.pow(2).sum())
             repeated += float((error[1:] * error[:-1]).sum())

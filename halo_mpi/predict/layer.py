@@ -54,16 +54,14 @@ class LayerCalibration:
         groups = [config.group_neurons(group) for group in range(config.groups)]
         self._groups = [slice(group.start, group.stop) for group in groups]
 
-    def run(self, walkers: Walkers, rank: int) -> LayerFit | None:
-        """Move the walkers through the layer; on the root, the fit, with estimates of `rank`."""
-        if self._layer == 0:
-            walkers.ahead = self._normed(walkers.x, self._trunk.attention_norms).half()
+    def run(self, walkers: Walkers, width: int) -> LayerFit | None:
+        """Move the walkers through the layer; on the root, the fit, with estimates of rank `width`."""
         heads, head_sizes, heads_seen = self._attention(walkers)
-        head_fits = self._estimates(heads, self._weights.o, self._heads, rank)
+        head_fits = self._estimates(heads, self._weights.o, self._heads, width)
         del heads  # the largest thing here, beside the FFN's
         order = self._sort(walkers)
         groups, importance, sizes, groups_seen, sizes_seen = self._ffn(walkers, head_sizes)
-        group_fits = self._estimates(groups, self._weights.down, self._groups, rank)
+        group_fits = self._estimates(groups, self._weights.down, self._groups, width)
         importance.add_up(self._comm)
         add_up(self._comm, sizes.numpy())
         if self._comm.rank:
@@ -81,11 +79,14 @@ class LayerCalibration:
     def _attention(self, walkers: Walkers) -> tuple[Moments, list[torch.Tensor], list[Pair]]:
         """Through the attention. Moments of what the heads read; the size of each head's output; and what is held out."""
         moments, sizes, seen = Moments(self._config.hidden, len(self._heads) * self._config.head_dim), [], []
+        grams = grams_of(self._weights.o, self._heads)
         for window, x in enumerate(walkers.x):
             inputs = self._normed(x, self._trunk.attention_norms)
+            if self._layer == 0:
+                walkers.ahead[window] = inputs.half()
             mixed = self._share.mix(0, inputs, 0)
             weight = self._advance(x, mixed, self._weights.o, self._trunk.o_bias)
-            sizes.append(norms(mixed, self._weights.o, self._heads))
+            sizes.append(norms(mixed, grams, self._heads))
             if window < walkers.part.held_out:
                 seen.append((inputs[SKIPPED:], mixed[SKIPPED:]))
             else:
@@ -98,11 +99,12 @@ class LayerCalibration:
         hidden, parts = self._config.hidden, len(self._groups) + len(self._heads)
         moments, importance = Moments(hidden, self._config.ffn), Moments(hidden, parts)
         sums, seen, sizes_seen = torch.zeros(parts, dtype=torch.float64), [], []
+        grams = grams_of(self._weights.down, self._groups)
         for window, x in enumerate(walkers.x):
             inputs = self._normed(x, self._trunk.ffn_norms)
             activations = self._share.activations(0, inputs)
             weight = self._advance(x, activations, self._weights.down, self._trunk.down_bias)
-            sizes = torch.cat((norms(activations, self._weights.down, self._groups), head_sizes[window]), 1)[SKIPPED:]
+            sizes = torch.cat((norms(activations, grams, self._groups), head_sizes[window]), 1)[SKIPPED:]
             ahead = walkers.ahead[window][SKIPPED:].float()
             if window < walkers.part.held_out:
                 seen.append((inputs[SKIPPED:], activations[SKIPPED:]))
@@ -127,12 +129,12 @@ class LayerCalibration:
         square = y.pow(2).sum(-1)
         return 1 / square.clamp(min=float(LEAST_SQUARE * square.median()) + TINY)
 
-    def _estimates(self, moments: Moments, out: torch.Tensor, parts: list[slice], rank: int) -> list[LowRank]:
+    def _estimates(self, moments: Moments, out: torch.Tensor, parts: list[slice], width: int) -> list[LowRank]:
         moments.add_up(self._comm)
         if self._comm.rank:
             return []
         fit = moments.solve(ESTIMATE_RIDGE)
-        return [fit.low_rank(part, out[:, part], rank) for part in parts]
+        return [fit.low_rank(part, out[:, part], width) for part in parts]
 
     def _sort(self, walkers: Walkers) -> np.ndarray:
         """Find the order of the layer's neurons and put its weights in that order."""
@@ -146,11 +148,12 @@ class LayerCalibration:
         return order
 
 
-def norms(inner: torch.Tensor, out: torch.Tensor, parts: list[slice]) -> torch.Tensor:
-    """|out[:, part] inner[:, part]| for each part and token, [T, parts]; by way of out' out, which is smaller."""
-    found = []
-    for part in parts:
-        own = inner[:, part]
-        gram = out[:, part].T @ out[:, part]
-        found.append(((own @ gram) * own).sum(-1).clamp(min=TINY).sqrt())
-    return torch.stack(found, 1)
+def grams_of(out: torch.Tensor, parts: list[slice]) -> list[torch.Tensor]:
+    """out' out of each part's columns."""
+    return [out[:, part].T @ out[:, part] for part in parts]
+
+
+def norms(inner: torch.Tensor, grams: list[torch.Tensor], parts: list[slice]) -> torch.Tensor:
+    """|out[:, part] inner[:, part]| for each part and token, [T, parts], by way of out' out, which is smaller than out."""
+    squares = [((inner[:, part] @ gram) * inner[:, part]).sum(-1) for part, gram in zip(parts, grams)]
+    return torch.stack(squares, 1).clamp(min=TINY).sqrt()

@@ -65,7 +65,7 @@ class Fit:
         """[T, K] for x [T, D]."""
         return (x - self.mean_x) @ self.coefficients + self.mean_z
 
-    def low_rank(self, targets: torch.Tensor, out: torch.Tensor, rank: int) -> LowRank:
+    def low_rank(self, targets: slice, out: torch.Tensor, rank: int) -> LowRank:
         """The best map of that rank from x to y = z[targets] out', out f32 [D, K'], for inputs with this covariance.
 
         Reduced-rank regression: the singular value decomposition of factor' coefficients out', whose rank is at most K', so
@@ -77,6 +77,8 @@ class Fit:
         outward = directions @ right[0].T  # [rank, D], orthonormal
         inward = (map_ @ (out.T @ outward.T)).T  # [rank, D]
         bias = out @ self.mean_z[targets] - outward.T @ (inward @ self.mean_x)
+        balance = (inward.abs().amax(1, keepdim=True) / outward.abs().amax(1, keepdim=True)).clamp(min=1e-12).sqrt()
+        inward, outward = inward / balance, outward * balance  # both in the range that 8 bits with an f16 scale keep
         padding = ((0, rank - len(inward)), (0, 0))
         return LowRank(np.pad(inward.numpy(), padding), np.pad(outward.numpy(), padding), bias.numpy())
 

@@ -6,6 +6,7 @@ walkers-RR-P.npz each rank's: residual vectors after the last layer done (P: its
 settings-RR      text, tokens, ranks and model that all of it belongs to; with others everything begins anew
 """
 
+import os
 import shutil
 from pathlib import Path
 from zipfile import BadZipFile
@@ -18,6 +19,7 @@ from halo_mpi.predict.fits import Judged, LayerFit, LowRank
 from halo_mpi.predict.layer import Part, Walkers
 from halo_mpi.wire.exchange import broadcast, gather
 
+DAMAGED = (OSError, ValueError, KeyError, EOFError, BadZipFile, TypeError)  # what reading a file that is not whole raises
 ARRAYS = ("order", "weight", "bias", "importance")
 
 
@@ -46,12 +48,12 @@ class ProgressFiles:
         for parity in range(2):
             try:
                 with np.load(self._walkers(parity), allow_pickle=False) as saved:
-                    found.append(int(saved["layers"]))
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+                    found.append(int(saved["layers"]) if saved["x"].ndim == saved["ahead"].ndim == 3 else 0)
+            except DAMAGED:
                 continue
         everywhere = [set(found) for found in gather(comm, found)]
         done = max(set.intersection(*everywhere), default=0) if everywhere else 0
-        return broadcast(comm, done if all(self._fit(layer).exists() for layer in range(done)) else 0)
+        return broadcast(comm, done if all(map(self._is_whole, range(done))) else 0)
 
     def load_walkers(self, layers: int, part: Part) -> Walkers:
         with np.load(self._walkers(layers), allow_pickle=False) as saved:
@@ -74,6 +76,13 @@ class ProgressFiles:
         """All is in the model."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _is_whole(self, layer: int) -> bool:
+        try:
+            self.load_fit(layer)
+        except DAMAGED:
+            return False
+        return True
+
     def _walkers(self, layers: int) -> Path:
         return self.folder / f"walkers-{self._rank:02d}-{layers % 2}.npz"
 
@@ -85,6 +94,8 @@ def _write(path: Path, arrays: dict) -> None:
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
 
 

@@ -19,13 +19,15 @@ from halo_mpi.store.writer import RecordFileWriter, new_folder
 
 
 def write_calibrated(store: ModelStore, config: ModelConfig, fit_of: Callable[[int], LayerFit], facts: dict) -> None:
-    """Replace the model's folder, atomically; the disk needs room for both. Weights change places, not values, but for down where
-    single neurons are sorted (see `sorted_layout`).
+    """Replace the model's folder by one that is complete; the disk needs room for both, and other files in it are gone.
+
+    Weights change places, not values, but for down where single neurons are sorted (see `sorted_layout`).
     """
     meta = {**store.meta, "calibration": facts, "model_id": store.model_id}
     tables = calibration_tables(config, facts["rank"])
     added = sum(layout.nbytes * layers * entries for layout, layers, entries in tables.values())
-    size = sum(path.stat().st_size for path in store.folder.iterdir())
+    grown = sorted_layout(store.layout("ffn"), facts["unit"]).nbytes - store.layout("ffn").nbytes
+    size = sum(path.stat().st_size for path in store.folder.iterdir()) + grown * config.layers * config.groups
     with new_folder(store.folder, int(1.01 * (size + added)) + 2**20, MODEL_FILE, replace=True) as new:
         meta["shard_digests"] = _write_shards(store, config, fit_of, facts["unit"], new)
         with RecordFileWriter(new / MODEL_FILE) as file:

@@ -27,7 +27,7 @@ def print_calibration(console: Console, found: dict, config: ModelConfig, sizes:
     quarter = max(1, config.groups // 4)
     table = Table(title=f"calibrated on {found['tokens']} tokens of {', '.join(found['texts'])}; judged on text held out")
     for column in ("layer", "top quarter's\nimportance", "rank correlation\ngroups, heads", "recall of the least\ngroups, heads",
-                   "an estimate recovers\ngroups, heads", "loss if a fifth is missing\nattention, FFN"):  # fmt: skip
+                   "an estimate explains\ngroups, heads", "loss if a fifth is missing\nattention, FFN"):  # fmt: skip
         table.add_column(column, justify="right")
 
     def pair(name: str, layer: int) -> str:
@@ -49,7 +49,7 @@ def print_calibration(console: Console, found: dict, config: ModelConfig, sizes:
     share = {name: f"{size / 1e6:.1f} MB ({size / model_bytes:.1%})" for name, size in sizes.items()}
     console.print(
         f"estimates of rank {found['rank']}: groups {share['group_estimate']}, heads {share['head_estimate']}; importance "
-        f"{share['importance']} of the model as stored"
+        f"{share['importance']} of the files here"
     )
 
 

@@ -44,19 +44,19 @@ class Walk:
         weights = load_layer(self._store, config, layer, list(range(config.heads)), list(range(config.groups)))
         return Share(config, [weights], length)
 
-    def fit(self, files: ProgressFiles, rank: int, unit: int) -> Iterator[int]:
+    def fit(self, files: ProgressFiles, width: int, unit: int) -> Iterator[int]:
         """Fit what was not fitted before, into `files`; the layers that are done, one after the other."""
         done = files.layers_done(self._comm)
         yield from range(done)
         walkers = files.load_walkers(done, self._part) if done else self._start()
         for layer in range(done, self._config.layers):
             share = self.share(layer, self._length)
-            fit = LayerCalibration(self._comm, self._config, share, self._trunk, layer, unit).run(walkers, rank)
+            fit = LayerCalibration(self._comm, self._config, share, self._trunk, layer, unit).run(walkers, width)
             files.save(layer, walkers, fit)
             yield layer
 
     def _start(self) -> Walkers:
-        x = self._trunk.embedding[self._ids.reshape(-1)].view(*self._ids.shape, -1)
+        x = self._trunk.embedding[self._ids]
         return Walkers(x, torch.empty(x.shape, dtype=torch.float16), self._part)
 
     def sensitivities(self, windows: np.ndarray) -> Iterator[np.ndarray | None]:

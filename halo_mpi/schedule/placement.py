@@ -38,9 +38,10 @@ class Plan:
 def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None) -> Plan:
     """The plan that `--placement` asks for; `available` tells which heads ("query") and groups ("ffn") each rank's disk holds.
 
-    even: the same number everywhere, up to one. root-attention: all heads on rank 0. FILE: JSON with "heads" and "groups", counts
-    per rank; or with "tiers", lists of ranks from the most stable to the least, for a calibrated model (`calibration`: what
-    was found, from its metadata). auto: even; of a calibrated model tiers, rank 0, which is never late, before all others.
+    even: the same number everywhere, up to one; of sorted groups some of the better and some of the worse. root-attention: all
+    heads on rank 0. FILE: JSON with "heads" and "groups", counts per rank; or with "tiers", lists of ranks from the most stable to
+    the least, for a calibrated model (`calibration`: what was found, from its metadata). auto: even; of a calibrated model
+    tiers, rank 0, which is never late, before all others.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
@@ -60,7 +61,10 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
                 f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
             )
         heads, groups = wanted.get("heads", heads), wanted.get("groups", groups)
-    if tiers:
+    if name == "even" and calibration:  # its groups are sorted: in runs, the last rank would have nothing that matters
+        ffn = np.array(_back_and_forth(groups, [list(range(ranks))]))
+        query = np.tile(owners(heads), (config.layers, 1))
+    elif tiers:
         if not fixed:
             heads, groups = (_largest_first(shares, tiers) for shares in (heads, groups))
         query, ffn = by_importance(config, heads, groups, tiers, calibration["heads"]["importance"])
@@ -78,20 +82,26 @@ def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tier
     `heads`, `groups`: how many each rank gets; groups are stored by falling importance. Heads go in runs of falling importance, but stay
     together with those that share their KV head, since each of its holders computes it.
     """
-    ffn, left = [], list(groups)
+    query = np.empty((config.layers, config.heads), int)
+    for layer, (row, importance) in enumerate(zip(query, of_heads)):
+        turned = [tier[layer % len(tier) :] + tier[: layer % len(tier)] for tier in tiers]  # another one is first in each layer
+        runs = [rank for tier in turned for rank in tier for _ in range(heads[rank])]
+        of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
+        row[sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))] = runs
+    return query, np.array(_back_and_forth(groups, tiers))
+
+
+def _back_and_forth(shares: list[int], tiers: list[list[int]]) -> list[int]:
+    """Owners of things that are sorted, tier after tier; within one in turns, to and fro, so that nobody always chooses first."""
+    result, left = [], list(shares)
     for tier in tiers:
         while any(left[rank] for rank in tier):
             for rank in tier:
                 if left[rank]:
-                    ffn.append(rank)
+                    result.append(rank)
                     left[rank] -= 1
-            tier = tier[::-1]  # back and forth, so that nobody always chooses first
-    runs = [rank for tier in tiers for rank in tier for _ in range(heads[rank])]
-    query = np.empty((config.layers, config.heads), int)
-    for row, importance in zip(query, of_heads):
-        of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
-        row[sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))] = runs
-    return query, np.array(ffn)
+            tier = tier[::-1]
+    return result
 
 
 def _largest_first(shares: list[int], tiers: list[list[int]]) -> list[int]:

@@ -92,7 +92,8 @@ def _padded(matrix: np.ndarray | Blocks, part: Part) -> np.ndarray | Blocks:
     if matrix.shape == (part.rows, part.columns):
         return matrix
     if isinstance(matrix, Blocks):
-        margin = ((0, part.rows - matrix.shape[0]), (0, part.columns - matrix.shape[1]))
+        columns = -(-part.columns // BLOCK) * BLOCK
+        margin = ((0, part.rows - matrix.shape[0]), (0, columns - matrix.shape[1]))
         planes = ((0, margin[0][1]), (0, margin[1][1] // BLOCK))
         minimum = None if matrix.minimum is None else np.pad(matrix.minimum, planes)
         return Blocks(np.pad(matrix.codes, margin), np.pad(matrix.scale, planes), minimum)

@@ -153,7 +153,7 @@ def new_folder(final: Path, needed_bytes: int, marker: str, replace: bool = Fals
             old = partial.with_suffix(".old")
             final.rename(old)
             partial.rename(final)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # over NFS, files that are open leave something behind
         else:
             partial.rename(final)
     except OSError as error:

@@ -18,9 +18,11 @@ class RunningMeans:
         self._counts: dict[tuple, int] = {}
         self._last: dict[tuple, np.ndarray] = {}
 
-    def observe(self, kind: Kind, layer: int, rank: int, x: np.ndarray, y: np.ndarray) -> None:
-        """The answer y, f32 [T, D], to x, f32 [T, D], came."""
-        key = kind, layer, rank
+    def begin_text(self) -> None:
+        """A new text changes nothing."""
+
+    def observe(self, key: tuple[Kind, int, int], position: int, x: np.ndarray, y: np.ndarray) -> None:
+        """The answer y, f32 [T, D], came."""
         count = min(self._counts.get(key, 0) + len(y), MEMORY)
         new = y[0] if len(y) == 1 else y.mean(0)
         mean = self._means.get(key)
@@ -29,11 +31,10 @@ class RunningMeans:
         else:
             mean += (new - mean) * np.float32(min(1.0, len(y) / count))
         self._counts[key] = count
-        if kind == Kind.ATTENTION:
+        if key[0] == Kind.ATTENTION:
             self._last[key] = y[-1].copy()  # not a view of a whole prompt's
 
-    def estimate(self, kind: Kind, layer: int, rank: int, x: np.ndarray) -> np.ndarray:
-        """The answer to x, f32 [1, D], as it probably is: f32 [D]."""
-        key = kind, layer, rank
+    def estimate(self, key: tuple[Kind, int, int], position: int, x: np.ndarray) -> np.ndarray:
+        """The answer as it probably is: f32 [D]."""
         mean, last = self._means.get(key, self._zero), self._last.get(key)
         return mean.copy() if last is None else mean + np.float32(ATTENTION_LAST) * (last - mean)

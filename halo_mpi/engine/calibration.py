@@ -9,6 +9,7 @@ import torch
 from halo_mpi import __version__
 from halo_mpi.engine.agreement import require_equal, together
 from halo_mpi.engine.machine import share_cores
+from halo_mpi.engine.prompts import read_text
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.loading import load_trunk
@@ -22,7 +23,7 @@ from halo_mpi.progress import progress
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import broadcast
 
-RANK = 16  # of an estimate
+WIDTH = 16  # the rank of an estimate
 SENSITIVITY_WINDOW = 256  # tokens
 
 
@@ -33,9 +34,9 @@ class Calibration:
         self._comm, self._verbose = comm, verbose
         torch.set_grad_enabled(False)
         share_cores(comm, threads)
-        self._store = self._together(lambda: ModelStore(model))
+        self._store = self._together(lambda: ModelStore(model.resolve()))  # a link stays one
         require_equal(comm, f"model in {model}", self._store.version, "copy one version of it to all hosts")
-        self._config = ModelConfig.from_dict(self._store.meta["config"])
+        self._config = self._together(lambda: ModelConfig.from_dict(self._store.meta["config"]))
         self._together(self._require_all_shards)
 
     def read(self, paths: tuple[Path, ...], tokens: int, window: int) -> None:
@@ -44,7 +45,7 @@ class Calibration:
 
         def cut() -> list:
             tokenizer = Tokenizer(TokenizerFiles.from_dict(self._store.meta["tokenizer"]))
-            return windows(paths or SHIPPED, tokenizer, tokens, window).tolist()
+            return windows({path.name: read_text(path) for path in paths or SHIPPED}, tokenizer, tokens, window).tolist()
 
         cut_ = self._together(lambda: cut() if self._comm.rank == 0 else None)
         self._windows = np.array(broadcast(self._comm, cut_), np.int32)
@@ -54,12 +55,12 @@ class Calibration:
         """Walk, and write the calibrated version; what was found, on the root."""
         comm, store, config = self._comm, self._store, self._config
         settings = {"text": digest(self._windows), "windows": self._windows.shape, "model": store.digest, "ranks": comm.size,
-                    "rank": RANK, "unit": unit, "halo_mpi": __version__}  # fmt: skip
+                    "width": WIDTH, "unit": unit, "halo_mpi": __version__}  # fmt: skip
         files = ProgressFiles(store.folder, json.dumps(settings), comm.rank)
         self._together(files.begin)
         trunk = self._together(lambda: load_trunk(store, config))
         walk = Walk(comm, store, config, trunk, self._windows)
-        for _ in self._progress(walk.fit(files, RANK, unit), config.layers, "calibrating"):
+        for _ in self._progress(walk.fit(files, WIDTH, unit), config.layers, "calibrating"):
             pass
         sensitivities = None
         if sensitivity_tokens:
@@ -68,12 +69,16 @@ class Calibration:
             picked = self._windows[np.linspace(0, len(self._windows) - 1, min(count, len(self._windows))).astype(int), :window]
             steps = walk.sensitivities(picked)
             *_, sensitivities = self._progress(steps, config.layers + 1, "measuring layers")
-        found = None
-        if comm.rank == 0:
-            found = {"texts": self._texts, "text_digest": settings["text"], "tokens": int(self._windows.size), "rank": RANK, "unit": unit,
-                     "halo_mpi": __version__, **facts(map(files.load_fit, range(config.layers)), sensitivities)}  # fmt: skip
-        self._together(lambda: write_calibrated(store, config, files.load_fit, found) if found else None)
+        found = self._together(lambda: self._write(files, unit, sensitivities) if comm.rank == 0 else None)
         files.remove()
+        return found
+
+    def _write(self, files: ProgressFiles, unit: int, sensitivities: np.ndarray | None) -> dict:
+        """Write the calibrated version; what was found."""
+        fits = map(files.load_fit, range(self._config.layers))
+        found = {"texts": self._texts, "text_digest": digest(self._windows), "tokens": int(self._windows.size), "rank": WIDTH,
+                 "unit": unit, "halo_mpi": __version__, **facts(fits, sensitivities)}  # fmt: skip
+        write_calibrated(self._store, self._config, files.load_fit, found)
         return found
 
     def _together(self, step):
