@@ -1,4 +1,4 @@
-"""Partial sums that are lost, simulated on one computer: what a text's loss becomes if some never come.
+"""Partial sums that are lost or late, simulated on one computer: what a text's loss becomes if some never come, or come late.
 
 All ways to lose them walk through the model side by side, so that each layer's weights are read once, and with the same draws.
 """
@@ -14,11 +14,13 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.model.loading import load_layer
 from halo_mpi.predict.fits import LowRank
+from halo_mpi.predict.importance import relative_costs
 from halo_mpi.predict.moments import apply
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
 LEAST = 4  # what is skipped is among the least important 1/4
+LAST = 10**9  # sync: everything comes by the end of a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Way:
 
     `units`: of each kind and layer, the groups or heads that are lost together; a kind or layer without is exact.
     `chosen`: any unit; or only those of the token's least important quarter, "static" or as "predicted", so many times as likely.
+    `lags`: if there are any, a lost sum comes late: so many syncs lack it, 1, 2, ... with these weights. What matters more than
+    `price` times an even share, weighted by what its layer's parts cost, is waited for.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Way:
     lost: float
     units: dict[tuple[Kind, int], list[list[int]]]
     chosen: str = "any"
+    lags: tuple[float, ...] = ()
+    price: float = np.inf
 
 
 @dataclass(slots=True)
@@ -45,6 +51,7 @@ class Layer:
     memory: dict[Kind, list[float]]
     weight: torch.Tensor
     bias: torch.Tensor
+    cost: dict[Kind, float]  # of a missing part, relative to the mean of all syncs
 
 
 def stored_layer(store: ModelStore, config: ModelConfig, layer: int, length: int) -> Layer:
@@ -66,6 +73,7 @@ def stored_layer(store: ModelStore, config: ModelConfig, layer: int, length: int
         {Kind.FFN: found["groups"]["memory"][layer], Kind.ATTENTION: found["heads"]["memory"][layer]},
         torch.from_numpy(layout.unpack(record, "weight").copy()),
         torch.from_numpy(layout.unpack(record, "bias")[0].copy()),
+        {kind: float(costs[layer]) for kind, costs in relative_costs(found["sensitivity"], config.layers).items()},
     )
 
 
@@ -77,6 +85,7 @@ class Simulation:
         self._ids = torch.from_numpy(windows).long()
         self._x = [[trunk.embedding[ids] for ids in self._ids] for _ in ways]
         self._ahead = [[None] * len(windows) for _ in ways]
+        self._late = [[[] for _ in windows] for _ in ways]  # (sync after which it comes, what it changes)
         self.lost = [[0, 0] for _ in ways]  # units lost, units in all
 
     def run(self, layer_of: Callable[[int], Layer], progress: Callable) -> np.ndarray:
@@ -97,13 +106,16 @@ class Simulation:
         mixed = layer.share.mix(0, inputs, 0)
         columns = [slice(head * dim, (head + 1) * dim) for head in range(config.heads)]
         y = self._with_losses(way, window, layer, number, Kind.ATTENTION, inputs, mixed, weights.o, columns, scores)
-        x = x + (y if trunk.o_bias is None else y + trunk.o_bias[number])
+        x = x + (y if trunk.o_bias is None else y + trunk.o_bias[number]) + self._arrived(way, window, 2 * number)
         inputs = rms_norm(x, trunk.ffn_norms[number], config.norm_eps)
         groups = [config.group_neurons(group) for group in range(config.groups)]
         columns = [slice(group.start, group.stop) for group in groups]
         inner = layer.share.activations(0, inputs)
         y = self._with_losses(way, window, layer, number, Kind.FFN, inputs, inner, weights.down, columns, scores)
-        self._x[way][window] = x + (y if trunk.down_bias is None else y + trunk.down_bias[number])
+        last = 2 * number + 1 if number + 1 < config.layers else LAST
+        self._x[way][window] = (
+            x + (y if trunk.down_bias is None else y + trunk.down_bias[number]) + self._arrived(way, window, last)
+        )
         self._ahead[way][window] = inputs
 
     def _with_losses(self, way: int, window: int, layer: Layer, number: int, kind: Kind, inputs: torch.Tensor, inner: torch.Tensor,
@@ -113,30 +125,52 @@ class Simulation:
         units = rule.units.get((kind, number))
         if not units:
             return y
-        lost = self._drawn(rule, window, number, kind, units, scores)
+        lost, lags = self._drawn(rule, window, number, kind, units, scores)
+        if rule.price < np.inf:
+            lost &= self._shares(layer, kind, units, scores) * (len(units) + 1) * layer.cost[kind] <= rule.price
         self.lost[way][0] += int(lost.sum())
         self.lost[way][1] += lost.numel()
-        for unit, gone in zip(units, lost.T):
+        for unit, gone, lag in zip(units, lost.T, lags.T):
             if not gone.any():
                 continue
             actual = sum(inner[:, columns[part]] @ out[:, columns[part]].T for part in unit)
-            y = y - gone[:, None] * (actual - self._fill(rule.filled, layer, kind, unit, inputs, actual, gone))
+            change = gone[:, None] * (actual - self._fill(rule.filled, layer, kind, unit, inputs, actual, gone))
+            y = y - change
+            for syncs in range(1, len(rule.lags) + 1):
+                late = gone & (lag == syncs)
+                if late.any():
+                    self._late[way][window].append((2 * number + (kind == Kind.FFN) + syncs, change * late[:, None]))
         return y
 
-    def _drawn(self, rule: Way, window: int, number: int, kind: Kind, units: list, scores: torch.Tensor) -> torch.Tensor:
-        """What is lost, bool [T, units]."""
+    def _arrived(self, way: int, window: int, sync: int) -> torch.Tensor | float:
+        """What the sums that come by the end of this sync change."""
+        late = self._late[way][window]
+        self._late[way][window] = [entry for entry in late if entry[0] > sync]
+        return sum(change for due, change in late if due <= sync)
+
+    def _shares(self, layer: Layer, kind: Kind, units: list, scores: torch.Tensor) -> torch.Tensor:
+        """The units' predicted shares of a sync's |output|, [T, units]."""
+        groups = len(layer.estimates[Kind.FFN])
+        own = (scores[:, :groups] if kind == Kind.FFN else scores[:, groups:]).softmax(1)  # scores are log |output|
+        return torch.stack([own[:, unit].sum(1) for unit in units], 1)
+
+    def _drawn(self, rule: Way, window: int, number: int, kind: Kind, units: list,
+               scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """What is lost, bool [T, units], and how late it comes, int [T, units]."""
         draw = torch.Generator().manual_seed(self._seed + 1000003 * window + 1009 * number + kind)
         chance = torch.rand(len(scores), len(units), generator=draw)
         chance[0] = 1
+        weights = torch.tensor(rule.lags or (1.0,))
+        lags = 1 + torch.multinomial(weights, chance.numel(), replacement=True, generator=draw).view(chance.shape)
         if rule.chosen == "any":
-            return chance < rule.lost
+            return chance < rule.lost, lags
         count = max(1, len(units) // LEAST)
         least = torch.zeros(chance.shape, dtype=torch.bool)
         if rule.chosen == "static":  # they are sorted
             least[:, -count:] = True
         else:
             least.scatter_(1, scores[:, : len(units)].topk(count, -1, largest=False)[1], True)
-        return least & (chance < rule.lost * len(units) / count)
+        return least & (chance < rule.lost * len(units) / count), lags
 
     def _fill(self, filled: str, layer: Layer, kind: Kind, unit: list[int], inputs: torch.Tensor, actual: torch.Tensor,
               gone: torch.Tensor) -> torch.Tensor | float:  # fmt: skip

@@ -53,7 +53,8 @@ def sorted_layer(walk: Walk, files: ProgressFiles, layer: int, unit: int, length
         weights.down = torch.from_numpy(quantize(weights.down.numpy(), rounded).dequantize())
     memory = {Kind.FFN: fit.judged.groups_memory.tolist(), Kind.ATTENTION: fit.judged.heads_memory.tolist()}
     estimates = {Kind.FFN: fit.groups, Kind.ATTENTION: fit.heads}
-    return Layer(share, estimates, memory, torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
+    return Layer(share, estimates, memory, torch.from_numpy(fit.weight), torch.from_numpy(fit.bias),
+                 dict.fromkeys(Kind, 1.0))  # fmt: skip
 
 
 def table(content: dict) -> Table:

@@ -8,7 +8,7 @@ from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.shares import WorkShares
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
-from halo_mpi.predict.importance import LEAST_SENSITIVITY, PredictedShares, _relative_costs
+from halo_mpi.predict.importance import LEAST_SENSITIVITY, PredictedShares, relative_costs
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
@@ -140,11 +140,11 @@ def test_inputs_like_no_other_give_shares_all_the_same(of_four):
 
 
 def test_a_layer_that_seemed_to_cost_nothing_counts_a_little():
-    cost = _relative_costs([[1.0, 3.0], [-0.5, 0.0]], 2)
+    cost = relative_costs([[1.0, 3.0], [-0.5, 0.0]], 2)
     together = np.concatenate([cost[Kind.ATTENTION], cost[Kind.FFN]])
     assert together.mean() == pytest.approx(1)
     assert together.min() / together.mean() == pytest.approx(LEAST_SENSITIVITY, rel=0.1)
-    assert (_relative_costs(None, 3)[Kind.FFN] == 1).all()
+    assert (relative_costs(None, 3)[Kind.FFN] == 1).all()
 
 
 def test_without_calibration_shares_are_of_the_work():
@@ -154,3 +154,11 @@ def test_without_calibration_shares_are_of_the_work():
     assert shares.share(Kind.FFN, 0, {1, 2}) == pytest.approx(2 / 3)
     assert shares.share(Kind.ATTENTION, 1, {2}) == pytest.approx(1 / 2)
     assert shares.rest(0, {2}) == pytest.approx(4 / 2) and shares.rest(4, {2}) == 0
+
+
+def test_what_matters_too_much_is_not_done_without(of_four, monkeypatch):
+    shares = PredictedShares(*of_four, 4)
+    part = 4 * shares.share(Kind.FFN, 1, {2})
+    for price, costly in ((0.9 * part, True), (1.1 * part, False)):
+        monkeypatch.setattr("halo_mpi.predict.importance.PRICE", price)
+        assert shares.too_costly(Kind.FFN, 1, 2) == costly

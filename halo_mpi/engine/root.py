@@ -1,8 +1,8 @@
 """The root's token loop: one token is a chain of syncs, two per layer.
 
 Strict, every sync waits for all partial sums. Relaxed, the root goes on past a late one with an estimate in its place and adds
-the difference when it comes; what must be exact (prefill, the first and the last layer, and syncs that calibration found costly)
-waits all the same, but for workers that are cut off.
+the difference when it comes; what must be exact (prefill, the first token, the first and the last layer, and parts that calibration
+says are costly) waits all the same, but for workers that are cut off.
 """
 
 import time
@@ -134,7 +134,7 @@ class Root:
     def _must_be_exact(self, kind: Kind, layer: int, position: int, workers: list[int], decoding: bool) -> bool:
         if not self._relaxed or not decoding or position < SINKS or self.crew.overrun(workers):
             return True
-        return (layer in (0, self._config.layers - 1) or self.predictor.too_costly(kind, layer)) and not self._drops
+        return layer in (0, self._config.layers - 1) and not self._drops
 
     def _ask(self, kind: Kind, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
@@ -174,6 +174,7 @@ class Root:
                 not exact
                 and missing <= late
                 and not overdue
+                and (self._drops or not any(self.predictor.too_costly(kind, layer, rank) for rank in missing))
                 and self._sums.affords(
                     self.predictor.share(kind, layer, missing), self.predictor.rest(self._at, crew.done_without())
                 )

@@ -25,8 +25,8 @@ class WorkShares:
         """The workers' part of a sync's work."""
         return float(sum(self._shares[kind, layer][rank] for rank in ranks))
 
-    def too_costly(self, kind: Kind, layer: int) -> bool:
-        """Nothing is known of this layer."""
+    def too_costly(self, kind: Kind, layer: int, rank: int) -> bool:
+        """Nothing is known of what matters."""
         return False
 
     def rest(self, sync: int, ranks: set[int]) -> float:

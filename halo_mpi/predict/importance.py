@@ -7,7 +7,7 @@ from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
-TOO_COSTLY = 3.0  # times the mean: of SmolLM2 the attention of layer 1 and the FFN of layer 28, beside the first and the last
+PRICE = 0.9  # even shares; see bench.lateness
 LEAST_SENSITIVITY = 0.1  # of the mean: measured on few tokens, a layer can seem to cost nothing
 
 
@@ -24,7 +24,7 @@ class PredictedShares:
         self._bias = [layout.unpack(record, "bias")[0].copy() for record in records]  # not a view of a whole record
         self._groups, self._ranks = config.groups, ranks
         self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
-        self._cost = _relative_costs(found["sensitivity"], config.layers)
+        self._cost = relative_costs(found["sensitivity"], config.layers)
         usual = {Kind.ATTENTION: found["heads"]["importance"], Kind.FFN: found["groups"]["importance"]}
         self._shares = {
             (kind, layer): self._by_rank(kind, layer, np.asarray(usual[kind][layer]))
@@ -46,9 +46,9 @@ class PredictedShares:
         shares = self._shares[kind, layer]
         return float(sum(shares[rank] for rank in ranks))
 
-    def too_costly(self, kind: Kind, layer: int) -> bool:
-        """Whether a missing part of this sync costs so much more than of others that it is better to wait."""
-        return bool(self._cost[kind][layer] > TOO_COSTLY)
+    def too_costly(self, kind: Kind, layer: int, rank: int) -> bool:
+        """Whether the worker's part of this sync matters so much that it is better to wait for it."""
+        return bool(self._shares[kind, layer][rank] * self._ranks > PRICE)
 
     def rest(self, sync: int, ranks: set[int]) -> float:
         """Their parts of this sync of a token and all later ones together, as usual in the calibration's text."""
@@ -59,7 +59,7 @@ class PredictedShares:
         return owned * (self._cost[kind][layer] / sizes.sum())
 
 
-def _relative_costs(sensitivity: list | None, layers: int) -> dict[Kind, np.ndarray]:
+def relative_costs(sensitivity: list | None, layers: int) -> dict[Kind, np.ndarray]:
     """What a missing part costs in each layer's attention and FFN, relative to the mean of all."""
     cost = np.ones((layers, 2)) if sensitivity is None else np.asarray(sensitivity)
     cost = np.maximum(cost, LEAST_SENSITIVITY * cost.clip(min=0).mean())

@@ -11,8 +11,6 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.stored import KINDS
 from halo_mpi.store.reader import ModelStore
 
-WIDTH = 140  # where standard output is no terminal
-
 
 def stored_bytes(store: ModelStore) -> dict[str, int]:
     """Bytes of each of the calibration's tables."""
@@ -22,30 +20,38 @@ def stored_bytes(store: ModelStore) -> dict[str, int]:
 
 def print_calibration(console: Console, found: dict, config: ModelConfig, sizes: dict[str, int], model_bytes: int) -> None:
     """One line per layer, and what all of it takes."""
-    if not console.is_terminal:
-        console.width = WIDTH
     quarter = max(1, config.groups // 4)
-    table = Table(title=f"calibrated on {found['tokens']} tokens of {', '.join(found['texts'])}; judged on text held out")
-    for column in ("layer", "top quarter's\nimportance", "rank correlation\ngroups, heads", "recall of the least\ngroups, heads",
-                   "an estimate explains\ngroups, heads", "loss if a fifth is missing\nattention, FFN"):  # fmt: skip
-        table.add_column(column, justify="right")
+    both, cost = "groups,\nheads", found["sensitivity"]
+    table = Table(title=f"calibrated on {found['tokens']} tokens of {', '.join(found['texts'])}")
+    for column in (
+        "layer",
+        "first\nquarter",
+        f"rank corr.\n{both}",
+        f"recall\n{both}",
+        f"explained\n{both}",
+        "cost\nattn.,\nFFN",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
 
     def pair(name: str, layer: int) -> str:
         return ", ".join(f"{np.mean(found[kind][name][layer]):.2f}" for kind in KINDS)
 
     layers = range(len(found["groups"]["importance"]))
     for layer in layers:
-        cost = found["sensitivity"]
         table.add_row(
             str(layer),
             f"{sum(sorted(found['groups']['importance'][layer])[-quarter:]):.0%}",
             *(pair(name, layer) for name in ("correlation", "recall", "recovered")),
-            ", ".join(f"{value:+.3f}" for value in cost[layer]) if cost else "not measured",
+            ", ".join(f"{value:+.3f}" for value in cost[layer]) if cost else "-",
         )
     table.add_section()
     means = [", ".join(f"{_mean(found[kind][name]):.2f}" for kind in KINDS) for name in ("correlation", "recall", "recovered")]
     table.add_row("mean", "", *means, "")
     console.print(table)
+    console.print(
+        "first quarter: its groups' part of the layer's |output|. Held out: rank correlation of predicted with actual |output|; recall of "
+        "the least important quarter; part of |output|^2 that an estimate explains. cost: nats per token if a fifth is missing."
+    )
     share = {name: f"{size / 1e6:.1f} MB ({size / model_bytes:.1%})" for name, size in sizes.items()}
     console.print(
         f"estimates of rank {found['rank']}: groups {share['group_estimate']}, heads {share['head_estimate']}; importance "
