@@ -43,7 +43,7 @@ def table(content: dict) -> Table:
 
 @click.command(help=__doc__)
 @model_options
-@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=4096, show_default=True)
 @click.option("--ranks", type=click.IntRange(2), default=4, show_default=True)
 @shared_options("seed", "json")
 def main(model, tokens, ranks, seed, out) -> int:
