@@ -15,6 +15,7 @@ from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.model.loading import load_layer
 from halo_mpi.predict.fits import LowRank
 from halo_mpi.predict.importance import relative_costs
+from halo_mpi.predict.stored import read_estimate, read_importance
 from halo_mpi.predict.moments import apply
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
@@ -56,23 +57,17 @@ class Layer:
 
 def stored_layer(store: ModelStore, config: ModelConfig, layer: int, length: int) -> Layer:
     """A layer of a calibrated model."""
-    found, layout = store.meta["calibration"], store.layout("importance")
-    record = store.read("importance", layer, 0)
-
-    def estimate(table: str, entry: int) -> LowRank:
-        own, parts = store.read(table, layer, entry), store.layout(table)
-        return LowRank(parts.unpack(own, "inward"), parts.unpack(own, "outward"), parts.unpack(own, "bias")[0])
-
+    found, (weight, bias) = store.meta["calibration"], read_importance(store, layer)
     weights = load_layer(store, config, layer, list(range(config.heads)), list(range(config.groups)))
     return Layer(
         Share(config, [weights], length),
         {
-            Kind.FFN: [estimate("group_estimate", group) for group in range(config.groups)],
-            Kind.ATTENTION: [estimate("head_estimate", head) for head in range(config.heads)],
+            Kind.FFN: [read_estimate(store, "group_estimate", layer, group) for group in range(config.groups)],
+            Kind.ATTENTION: [read_estimate(store, "head_estimate", layer, head) for head in range(config.heads)],
         },
         {Kind.FFN: found["groups"]["memory"][layer], Kind.ATTENTION: found["heads"]["memory"][layer]},
-        torch.from_numpy(layout.unpack(record, "weight").copy()),
-        torch.from_numpy(layout.unpack(record, "bias")[0].copy()),
+        torch.from_numpy(weight),
+        torch.from_numpy(bias),
         {kind: float(costs[layer]) for kind, costs in relative_costs(found["sensitivity"], config.layers).items()},
     )
 

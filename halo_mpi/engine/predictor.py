@@ -10,6 +10,7 @@ from halo_mpi.engine.running_means import RunningMeans
 from halo_mpi.engine.shares import WorkShares
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
+from halo_mpi.predict.fits import SINKS
 from halo_mpi.predict.importance import PredictedShares
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
@@ -17,7 +18,6 @@ from halo_mpi.wire.messages import Kind
 
 
 Key = tuple[Kind, int, int]  # kind, layer, rank
-SINKS = 1  # tokens at the start of a text: attention sinks, unlike all others; nothing is estimated of them or from them
 
 
 def timed(method: Callable) -> Callable:

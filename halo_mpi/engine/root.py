@@ -20,7 +20,8 @@ from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
-from halo_mpi.engine.predictor import SINKS, Key, Predictor
+from halo_mpi.engine.predictor import Key, Predictor
+from halo_mpi.predict.fits import SINKS
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink

@@ -3,6 +3,7 @@
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.predict.stored import read_estimate
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
@@ -62,7 +63,7 @@ def estimate_bytes(store: ModelStore, config: ModelConfig, plan: Plan) -> int:
 
 def _joined(store: ModelStore, table: str, layer: int, entries: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The sum of some estimates as one of their ranks' sum: f16 inward, outward [rank, D], bias [D]."""
-    layout, records = store.layout(table), [store.read(table, layer, entry) for entry in entries]
-    inward, outward = (np.concatenate([layout.unpack(record, name) for record in records]) for name in ("inward", "outward"))
-    bias = sum(layout.unpack(record, "bias")[0] for record in records)
+    parts = [read_estimate(store, table, layer, entry) for entry in entries]
+    inward, outward = (np.concatenate([getattr(part, name) for part in parts]) for name in ("inward", "outward"))
+    bias = sum(part.bias for part in parts)
     return inward.astype(np.float16), outward.astype(np.float16), bias.astype(np.float16)

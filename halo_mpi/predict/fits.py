@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 
+SINKS = 1  # tokens at the start of a text: attention sinks, a hundred times larger than others; nothing is fitted to or estimated of them
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """y is about bias + outward' (inward x)."""

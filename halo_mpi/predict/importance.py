@@ -3,6 +3,7 @@
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.predict.stored import read_importance
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
@@ -18,10 +19,8 @@ class PredictedShares:
     """
 
     def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
-        found, layout = store.meta["calibration"], store.layout("importance")
-        records = [store.read("importance", layer, 0) for layer in range(config.layers)]
-        self._weight = [layout.unpack(record, "weight") for record in records]
-        self._bias = [layout.unpack(record, "bias")[0].copy() for record in records]  # not a view of a whole record
+        found = store.meta["calibration"]
+        self._weight, self._bias = zip(*(read_importance(store, layer) for layer in range(config.layers)))
         self._groups, self._ranks = config.groups, ranks
         self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._cost = relative_costs(found["sensitivity"], config.layers)

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
-from halo_mpi.predict.fits import Judged, LayerFit, LowRank
+from halo_mpi.predict.fits import SINKS, Judged, LayerFit, LowRank
 from halo_mpi.predict.judge import judge_estimates, judge_importance
 from halo_mpi.predict.moments import Moments
 from halo_mpi.predict.sorting import order_of, put_in_order
 from halo_mpi.wire.exchange import add_up, broadcast
 
 ESTIMATE_RIDGE, IMPORTANCE_RIDGE = 0.1, 0.05  # the prototypes'
-SKIPPED = 1  # tokens at the start of a window: attention sinks, with activations a hundred times larger
 LEAST_SQUARE = 1e-4  # of the median |output|^2: what is smaller counts no more
 TINY = 1e-12
 Pair = tuple[torch.Tensor, torch.Tensor]  # inputs [T, D] and what belongs to them [T, K], of a window
@@ -88,9 +87,9 @@ class LayerCalibration:
             weight = self._advance(x, mixed, self._weights.o, self._trunk.o_bias)
             sizes.append(norms(mixed, grams, self._heads))
             if window < walkers.part.held_out:
-                seen.append((inputs[SKIPPED:], mixed[SKIPPED:]))
+                seen.append((inputs[SINKS:], mixed[SINKS:]))
             else:
-                moments.add(inputs[SKIPPED:], mixed[SKIPPED:], weight[SKIPPED:])
+                moments.add(inputs[SINKS:], mixed[SINKS:], weight[SINKS:])
         return moments, sizes, seen
 
     def _ffn(self, walkers: Walkers,
@@ -104,13 +103,13 @@ class LayerCalibration:
             inputs = self._normed(x, self._trunk.ffn_norms)
             activations = self._share.activations(0, inputs)
             weight = self._advance(x, activations, self._weights.down, self._trunk.down_bias)
-            sizes = torch.cat((norms(activations, grams, self._groups), head_sizes[window]), 1)[SKIPPED:]
-            ahead = walkers.ahead[window][SKIPPED:].float()
+            sizes = torch.cat((norms(activations, grams, self._groups), head_sizes[window]), 1)[SINKS:]
+            ahead = walkers.ahead[window][SINKS:].float()
             if window < walkers.part.held_out:
-                seen.append((inputs[SKIPPED:], activations[SKIPPED:]))
+                seen.append((inputs[SINKS:], activations[SINKS:]))
                 sizes_seen.append((ahead, sizes))
             else:
-                moments.add(inputs[SKIPPED:], activations[SKIPPED:], weight[SKIPPED:])
+                moments.add(inputs[SINKS:], activations[SINKS:], weight[SINKS:])
                 importance.add(ahead, sizes.log())
                 sums += sizes.sum(0)
             walkers.ahead[window] = inputs.half()
@@ -140,7 +139,7 @@ class LayerCalibration:
         """Find the order of the layer's neurons and put its weights in that order."""
         size = torch.zeros(self._config.ffn, dtype=torch.float64)
         for place in walkers.part.for_order:
-            size += self._share.activations(0, self._normed(walkers.x[place], self._trunk.ffn_norms))[SKIPPED:].abs().sum(0)
+            size += self._share.activations(0, self._normed(walkers.x[place], self._trunk.ffn_norms))[SINKS:].abs().sum(0)
         add_up(self._comm, size.numpy())
         importance = size * self._weights.down.norm(dim=0)
         order = np.array(broadcast(self._comm, order_of(importance.numpy(), self._unit).tolist()))

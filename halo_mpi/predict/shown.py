@@ -8,13 +8,13 @@ from rich.table import Table
 
 from halo_mpi.figures import figure
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.predict.stored import KINDS
+from halo_mpi.predict.stored import KINDS, TABLES
 from halo_mpi.store.reader import ModelStore
 
 
 def stored_bytes(store: ModelStore) -> dict[str, int]:
     """Bytes of each of the calibration's tables."""
-    tables = {name: store.model.tables[name] for name in ("group_estimate", "head_estimate", "importance")}
+    tables = {name: store.model.tables[name] for name in TABLES}
     return {name: table.layout.nbytes * table.crc32.size for name, table in tables.items()}
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.fits import LayerFit, LowRank
 from halo_mpi.store.layout import Part, RecordLayout
+from halo_mpi.store.reader import ModelStore
 
 KINDS = ("groups", "heads")
 DIGITS = 4
@@ -46,6 +47,18 @@ def calibration_records(fit: LayerFit) -> dict[str, list[dict[str, np.ndarray]]]
         "head_estimate": [estimate(own) for own in fit.heads],
         "importance": [{"weight": fit.weight, "bias": fit.bias[None]}],
     }
+
+
+def read_estimate(store: ModelStore, table: str, layer: int, entry: int) -> LowRank:
+    """The estimate of a group or head, f32."""
+    layout, record = store.layout(table), store.read(table, layer, entry)
+    return LowRank(layout.unpack(record, "inward"), layout.unpack(record, "outward"), layout.unpack(record, "bias")[0])
+
+
+def read_importance(store: ModelStore, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight f32 [G + H, D] and bias f32 [G + H] that predict log |output| of a layer's groups, then heads."""
+    layout, record = store.layout("importance"), store.read("importance", layer, 0)
+    return layout.unpack(record, "weight"), layout.unpack(record, "bias")[0].copy()  # not a view of the whole record
 
 
 def facts(fits: Iterable[LayerFit], sensitivities: np.ndarray | None) -> dict:
