@@ -22,7 +22,7 @@ class Mode:
     paced: bool = True
 
 
-STOCK = ("--kick-ms", "0", "--no-trailer", "--no-tune-sockets")
+STOCK = ("--kick-ms", "0", "--no-trailer", "--no-copies", "--no-tune-sockets")
 STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
 DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
 RELAXED = ("--sync", "relaxed")

@@ -12,6 +12,7 @@ import click
 
 from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
+from halo_mpi.wire.sockets import ask_for_two_connections
 
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 
@@ -23,6 +24,8 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     printed by it and ends the job through MPI_Abort.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "--no-copies" not in arguments:
+        ask_for_two_connections()
     try:
         from mpi4py import MPI
 

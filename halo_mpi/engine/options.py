@@ -39,6 +39,7 @@ class SyncOptions:
     deadline_ms: float | None  # None: learned
     kick_ms: float  # 0: never
     outage_ms: float
+    copies: bool
     trailer: bool
     tune_sockets: bool
     old_kernel: bool
@@ -100,8 +101,11 @@ _OPTIONS = (
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
     click.option("--outage-ms", type=Finite(1), default=300.0, show_default=True,
                  help="relaxed: how long a worker may be silent before the root goes on without it, if --quality allows."),
+    click.option("--copies/--no-copies", default=True, show_default=True,
+                 help="Send every small message to another host twice, over two TCP connections, so that it is late only if both are "
+                      "lost (Open MPI)."),
     click.option("--trailer/--no-trailer", default=True, show_default=True,
-                 help="Send 16 bytes right behind every message, for the same reason."),
+                 help="Send 16 bytes right behind every message that is not sent twice, for the same reason as kicks."),
     click.option("--tune-sockets/--no-tune-sockets", default=True, show_default=True,
                  help="Let TCP repair losses after 8 ms instead of 200, in this program's own connections (Linux 6.15; no root needed)."),
     click.option("--old-kernel", is_flag=True, help="Tune as if the kernel were older than 6.15; for measurements."),

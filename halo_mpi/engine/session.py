@@ -37,7 +37,7 @@ from halo_mpi.wire.exchange import ROOT, broadcast, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
-from halo_mpi.wire.sockets import own_addresses, tune_sockets
+from halo_mpi.wire.sockets import has_two_connections, own_addresses, tune_sockets
 from halo_mpi.wire.worker_link import WorkerLink
 
 T = TypeVar("T")
@@ -96,7 +96,9 @@ class Session:
     def _connect(self, trunk: Trunk | None, predictor: Predictor | None) -> None:
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
-        mailbox = Mailbox(comm, workers if self.is_root else [ROOT], PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer)
+        copies = comm.Dup() if sync.copies and self.ranks_on_host < comm.size else None
+        peers = workers if self.is_root else [ROOT]
+        mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         self.root = self.worker = None
         if self.is_root:
             link = self.link = RootLink(
@@ -110,17 +112,27 @@ class Session:
             link = self.link = WorkerLink(mailbox)
             self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
             link.greet()
-        self.tuned_sockets = self._tune_sockets() if sync.tune_sockets else False
+        addresses = [set(each) for each in broadcast(comm, gather(comm, own_addresses()))]
+        self.copies = bool(copies) and self._has_two_lines([addresses[peer] for peer in peers])
+        if not self.copies:
+            mailbox.one_line()
+        self.tuned_sockets = self._tune_sockets(set().union(*addresses)) if sync.tune_sockets else False
 
     @property
     def _uses_calibration(self) -> bool:
         return self.run.sync.calibration and self.run.sync.mode == "relaxed"
 
-    def _tune_sockets(self) -> bool | str:
+    def _has_two_lines(self, peers: list[set[str]]) -> bool:
+        """Whether all pairs of hosts that talk have two connections (collective); `peers`: this rank's, by their addresses."""
+        here = set(own_addresses())
+        doubled = gather(self.comm, all(peer == here or has_two_connections(peer) for peer in peers))
+        if self.is_root and not all(doubled):
+            self.event("messages are not sent twice: MPI opened only one connection to some host")
+        return broadcast(self.comm, all(doubled))
+
+    def _tune_sockets(self, everybody: set[str]) -> bool | str:
         """Tune the connections to the other hosts (collective). On the root, for the report: whether all took all options."""
-        addresses = broadcast(self.comm, gather(self.comm, own_addresses()))
-        peers = {address for each in addresses for address in each} - set(own_addresses())
-        accepted = gather(self.comm, tune_sockets(peers, self.run.sync.old_kernel))
+        accepted = gather(self.comm, tune_sockets(everybody - set(own_addresses()), self.run.sync.old_kernel))
         refused = {option for rank in accepted for option, taken in rank.items() if not taken}
         if refused and self.is_root:
             self.event(f"the kernel refused to tune sockets: {', '.join(sorted(refused))}")

@@ -1,4 +1,13 @@
-"""A rank's messages to and from its peers: persistent receives, nonblocking sends, nobody waits."""
+"""A rank's messages to and from its peers: persistent receives, nonblocking sends, nobody waits.
+
+Where there are two TCP connections to a peer, every small message goes over both, and the copy that comes first counts:
+
+    line 0   1  2  -  4  5 ...     3 was lost here, and holds up all behind it until TCP has sent it again,
+    line 1   1  2  3  4  -  ...    but not those on the other line; only if both copies are lost does anybody wait
+
+Each line is a communicator of its own, since MPI keeps the order within one. A peer's n-th message on one line is its n-th on
+the other, so copies need no number. Large messages go over line 0 alone; a 16-byte message keeps their place on line 1.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -10,51 +19,87 @@ from halo_mpi.wire.messages import TAG, Kind, Message
 
 DEPTH = 8  # receives per peer: an answer, its trailer, and the answers to a few kicks
 SIZES = (0, 1, 8)  # rows of the buffers for messages, besides the largest
+MOST_COPIED_ROWS = 1  # what fits one or two packets
 TESTED = 4  # sends that are tested before a new one
 
 
 class Mailbox:
     """Sends messages in this run's wire format and yields those that have come.
 
-    `rows`, `width`: the most vectors in a message and their length. With `trailers` a 16-byte message follows every one
-    that carries vectors. `sent_bytes` and `received_bytes` count per peer.
+    `rows`, `width`: the most vectors in a message and their length. `copies`: a communicator for the second line, or None. With
+    `trailers` a 16-byte message follows every one that carries vectors, where there is no second line. `sent_bytes` and
+    `received_bytes` count per peer, copies included.
     """
 
-    def __init__(self, comm: MPI.Comm, peers: list[int], rows: int, width: int, wire: str, trailers: bool = False):
-        self._wire, self._trailers = wire, trailers
-        self._ring = ReceiveRing(comm, peers, DEPTH, rows, width)
-        self._pools = [SendPool(comm, size, width) for size in (*(size for size in SIZES if size < rows), rows)]
+    def __init__(self, comm: MPI.Comm, peers: list[int], rows: int, width: int, wire: str, trailers: bool = False,
+                 copies: MPI.Comm | None = None):  # fmt: skip
+        self._wire, self._trailers, self._peers = wire, trailers, peers
+        self._lines = [comm] if copies is None else [comm, copies]
+        self._rings = [
+            ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(self._lines, (rows, MOST_COPIED_ROWS))
+        ]
+        self._pools = [SendPool(size, width) for size in (*(size for size in SIZES if size < rows), rows)]
+        self._handed_out = dict.fromkeys(peers, 0)  # messages
         self.sent_bytes = dict.fromkeys(peers, 0)
+
+    def one_line(self) -> None:
+        """From now on send no copies."""
+        self._lines = self._lines[:1]
 
     @property
     def received_bytes(self) -> dict[int, int]:
-        return self._ring.received_bytes
+        return {peer: sum(ring.received_bytes[peer] for ring in self._rings) for peer in self._peers}
 
     def post(self, peers: list[int], kind: Kind, seq: int, layer: int = 0, position: int = 0, x: np.ndarray | None = None,
              epoch: int = 0, lag: int = 0, wire: str | None = None) -> None:  # fmt: skip
         """Start sending one message with x, f32 [rows, width] or None, to all `peers`."""
         rows = 0 if x is None else len(x)
+        copied = rows <= MOST_COPIED_ROWS
+        self._send(rows, peers, self._lines if copied else self._lines[:1],
+                   (seq, kind, layer, position, x, wire or self._wire, epoch, lag))  # fmt: skip
+        if not copied and len(self._lines) > 1:
+            self._send(0, peers, self._lines[1:], (seq, Kind.ELSEWHERE))
+        if rows and self._trailers and len(self._lines) == 1:
+            self.post(peers, Kind.TRAILER, seq)
+
+    def _send(self, rows: int, peers: list[int], lines: list[MPI.Comm], content: tuple) -> None:
         pool = next(pool for pool in self._pools if rows <= pool.rows)
         message = pool.take()
-        data = message.write(seq, kind, layer, position, x, wire or self._wire, epoch, lag)
-        pool.send(message, data, peers)
+        data = message.write(*content)
+        pool.send(message, data, peers, lines)
         for peer in peers:
-            self.sent_bytes[peer] += data.size
-        if rows and self._trailers:
-            self.post(peers, Kind.TRAILER, seq)
+            self.sent_bytes[peer] += data.size * len(lines)
 
     def poll(self) -> Iterator[tuple[int, Message]]:
         """Sender and message of everything that has come, one sender's in the order of sending.
 
         A message is valid until the iterator goes on.
         """
-        return self._ring.poll()
+        for ring in self._rings:
+            ring.test()
+        for peer in self._peers:
+            while ring := self._ring_of_next(peer):
+                self._handed_out[peer] += 1
+                yield peer, ring.first(peer)
+                ring.take(peer)
+
+    def _ring_of_next(self, peer: int) -> "ReceiveRing | None":
+        """Where the peer's next message has come; copies of what was handed out before are taken out on the way."""
+        for ring in self._rings:
+            while message := ring.first(peer):
+                if ring.taken[peer] == self._handed_out[peer]:
+                    if message.header["kind"] != Kind.ELSEWHERE:
+                        return ring
+                    break
+                ring.take(peer)
+        return None
 
     def close(self) -> None:
         """Wait until everything is sent, and let go of MPI's requests."""
         for pool in self._pools:
             pool.close()
-        self._ring.close()
+        for ring in self._rings:
+            ring.close()
 
 
 class ReceiveRing:
@@ -72,11 +117,12 @@ class ReceiveRing:
         for index, (peer, _) in enumerate(self._slots):
             self._lines[peer].append(index)
         self._complete: set[int] = set()
-        self.received_bytes = {peer: 0 for peer in peers}
+        self.received_bytes = dict.fromkeys(peers, 0)
+        self.taken = dict.fromkeys(peers, 0)  # messages
         MPI.Prequest.Startall(self._requests)
 
-    def poll(self) -> Iterator[tuple[int, Message]]:
-        """Peer and message of everything that has arrived; see Mailbox.poll."""
+    def test(self) -> None:
+        """See what has arrived."""
         if not self._requests:
             return
         statuses: list[MPI.Status] = []
@@ -84,14 +130,19 @@ class ReceiveRing:
         for status, index in zip(statuses, done):
             self.received_bytes[self._slots[index][0]] += status.Get_count(MPI.BYTE)
         self._complete.update(done)
-        for peer in dict.fromkeys(self._slots[index][0] for index in done):
-            line = self._lines[peer]
-            while line[0] in self._complete:
-                index = line.popleft()
-                yield self._slots[index]
-                self._complete.remove(index)
-                self._requests[index].Start()
-                line.append(index)
+
+    def first(self, peer: int) -> Message | None:
+        """The peer's oldest message that was not taken out, if it has arrived."""
+        index = self._lines[peer][0]
+        return self._slots[index][1] if index in self._complete else None
+
+    def take(self, peer: int) -> None:
+        """Take it out: its buffer receives again."""
+        index = self._lines[peer].popleft()
+        self._complete.remove(index)
+        self.taken[peer] += 1
+        self._requests[index].Start()
+        self._lines[peer].append(index)
 
     def close(self) -> None:
         for request in self._requests:
@@ -104,28 +155,39 @@ class ReceiveRing:
 class SendPool:
     """Messages under way: a buffer is used again only when MPI has let go of it."""
 
-    def __init__(self, comm: MPI.Comm, rows: int, width: int):
-        self._comm = comm
+    def __init__(self, rows: int, width: int):
         self.rows = rows
         self._shape = rows, width
         self._free: list[Message] = []
-        self._busy: deque[tuple[Message, list[MPI.Request]]] = deque()
+        self._busy: deque[tuple[Message, list[MPI.Prequest]]] = deque()
 
     def take(self) -> Message:
         """A message that may be written. What a peer that is cut off does not take stays busy, so only a few are tested each time."""
         for _ in range(min(TESTED, len(self._busy))):
             message, requests = self._busy.popleft()
             if MPI.Request.Testall(requests):
-                self._free.append(message)
+                self._release(message, requests)
             else:
                 self._busy.append((message, requests))
         return self._free.pop() if self._free else Message(*self._shape)
 
-    def send(self, message: Message, data: np.ndarray, peers: list[int]) -> None:
-        """Start sending the first bytes of `message` (what its `write` returned) to every peer."""
-        self._busy.append((message, [self._comm.Isend([data, MPI.BYTE], peer, TAG) for peer in peers]))
+    def send(self, message: Message, data: np.ndarray, peers: list[int], lines: list[MPI.Comm]) -> None:
+        """Start sending the first bytes of `message` (what its `write` returned) to every peer, on each line.
+
+        Open MPI uses its connections to a peer by turns, and an Isend takes two (it tries a short cut first), a persistent send one:
+        so the two lines of a pair of sends stay on two connections.
+        """
+        requests = [line.Send_init([data, MPI.BYTE], peer, TAG) for peer in peers for line in lines]
+        MPI.Prequest.Startall(requests)
+        self._busy.append((message, requests))
 
     def close(self) -> None:
-        for _, requests in self._busy:
+        while self._busy:
+            message, requests = self._busy.popleft()
             MPI.Request.Waitall(requests)
-        self._busy.clear()
+            self._release(message, requests)
+
+    def _release(self, message: Message, requests: list[MPI.Prequest]) -> None:
+        for request in requests:
+            request.Free()
+        self._free.append(message)

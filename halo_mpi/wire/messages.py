@@ -20,7 +20,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("lag", "<u2"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1")]
 )  # fmt: skip
-PROTOCOL = 2  # ranks with another number refuse to work together
+PROTOCOL = 3  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BLOCK = 32  # values that share a scale in q8
@@ -29,15 +29,16 @@ PINGS = 8  # with which the root begins
 
 
 class Kind(IntEnum):
-    """What a message is. Each but a trailer is answered by one of the same kind."""
+    """What a message is. Each but the last two is answered by one of the same kind."""
 
     PING = 1
     ATTENTION = 2
     FFN = 3
     STOP = 4
     KICK = 5  # sent while waiting: a packet behind a lost one makes TCP repair the loss
-    TRAILER = 6  # the same, sent right behind a message
-    REPLAY = 7  # inputs of attention whose K and V a worker lacks
+    REPLAY = 6  # inputs of attention whose K and V a worker lacks
+    TRAILER = 7  # for the same reason as a kick, right behind a message
+    ELSEWHERE = 8  # keeps the place of a message that goes over the other line alone
 
 
 class ProtocolError(HaloError):

@@ -31,6 +31,24 @@ def own_addresses() -> list[str]:
     return sorted(address for address in addresses if not address.startswith("127.") and address != "::1")
 
 
+def ask_for_two_connections() -> None:
+    """Let Open MPI open two TCP connections between every two hosts, to be used by turns. Before MPI starts; others ignore it.
+
+    The second connection is made to look as quick as the first, or it would only carry parts of large messages.
+    """
+    os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
+    for interface in psutil.net_if_addrs():
+        os.environ.setdefault(f"OMPI_MCA_btl_tcp_latency_{interface}:1", "100")  # us, the default of the first
+
+
+def has_two_connections(peer: set[str]) -> bool:
+    """Whether there are two of this process's TCP connections to a peer (its IP addresses). Both must have been used before."""
+    found = list(_connections(peer))
+    for connection in found:
+        connection.close()
+    return len(found) > 1
+
+
 def tune_sockets(peers: set[str], old_kernel: bool = False) -> dict[str, bool]:
     """Tune this process's TCP connections to the `peers` (IP addresses); which options were accepted, {} without connections.
 
