@@ -25,6 +25,7 @@ class Mode:
 STOCK = ("--kick-ms", "0", "--no-trailer", "--no-copies", "--no-tune-sockets")
 STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
 DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
+REPAIR = ("--sync", "strict", "--no-copies")
 RELAXED = ("--sync", "relaxed")
 SOON = ("--deadline-ms", "1", "--quality", "0.6")
 OLD = ("--old-kernel", "--outage-ms", "30")
@@ -39,14 +40,18 @@ MODES = {
         (*RELAXED, "--wire", "f32", *DROP, *STOCK),
         exact=False,
     ),
-    "repair-f32": Mode("strict, losses repaired, f32", ("--sync", "strict", "--wire", "f32")),
+    "repair-f32": Mode("strict, losses repaired, f32", (*REPAIR, "--wire", "f32")),
+    "twice-f32": Mode("strict, sent twice, f32", ("--sync", "strict", "--wire", "f32")),
     "relaxed-f32": Mode("relaxed, f32", (*RELAXED, "--wire", "f32"), exact=False),
     "relaxed-f32-soon": Mode("relaxed, f32, late after 1 ms", (*RELAXED, "--wire", "f32", *SOON), exact=False),
-    "repair": Mode("strict, losses repaired", ("--sync", "strict")),
-    "repair-q8": Mode("strict, losses repaired, q8", ("--sync", "strict", "--wire", "q8")),
+    "repair": Mode("strict, losses repaired", REPAIR),
+    "repair-q8": Mode("strict, losses repaired, q8", (*REPAIR, "--wire", "q8")),
+    "twice": Mode("strict, sent twice", ("--sync", "strict")),
+    "relaxed-once": Mode("relaxed, nothing sent twice", (*RELAXED, "--no-copies"), exact=False),
     "relaxed": Mode("relaxed", RELAXED, exact=False),
     "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, *OLD, "--quality", "0.4"), exact=False),
-    "repair-old": Mode("strict, losses repaired, kernel before 6.15", ("--sync", "strict", "--old-kernel")),
+    "repair-old": Mode("strict, losses repaired, kernel before 6.15", (*REPAIR, "--old-kernel")),
+    "twice-old": Mode("strict, sent twice, kernel before 6.15", ("--sync", "strict", "--old-kernel")),
 }
 ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
 

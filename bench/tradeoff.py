@@ -22,14 +22,16 @@ from bench.stats import percentile, pooled
 from bench.tables import Table, number
 from bench.tpot import Box
 
-EXACT = ("strict", "strict-tuned", "repair-f32", "repair")
+EXACT = ("strict", "strict-tuned", "repair-f32", "repair", "twice-f32", "twice")
 WIRES = ("f16", "q8")
 CURVE = (("auto", 2, 0.3), ("auto", 8, 0.3), ("1", 8, 0.6))  # deadline in ms, max lag, quality
 OTHERS = {
+    "relaxed-once": 300,
     "relaxed-f32": 300,
     "relaxed-f32-soon": 300,
     "relaxed-old": 300,
     "repair-old": 100,
+    "twice-old": 200,
     "halo": 150,
 }  # at the long loss; tokens
 EXACT_TOKENS = 400  # at most, in a time box

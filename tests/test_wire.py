@@ -1,14 +1,17 @@
 """Deadlines, kicks and the order of receiving, each alone."""
 
 import itertools
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halo_mpi.wire import mailbox
 from halo_mpi.wire.deadline import ENOUGH, FIRST_S, FORGIVEN, PATIENT_S, WINDOW, Deadline
-from halo_mpi.wire.messages import Kind
+from halo_mpi.wire.messages import HEADER, Kind, Message
 from halo_mpi.wire.root_link import KICKS_BEFORE_BACKOFF, KICKS_IN_FLIGHT, LONGEST_KICK_S, RootLink
 from halo_mpi.wire.worker_link import WorkerLink
 from tests.simulator import TICK_S, Box, Clock
@@ -187,23 +190,102 @@ def test_without_kicks_there_are_none():
 class Request:
     """Stands in for a persistent receive."""
 
+    def __init__(self, line: "Line", buffer: np.ndarray):
+        self.line, self.buffer, self.done, self.size = line, buffer, False, 0
+
     def Start(self):
-        pass
+        self.done = False
+        self.line.started.append(self)
 
 
-def test_a_small_message_does_not_overtake_a_large_one(monkeypatch):
-    """MPI matches one peer's messages in order, but may complete a small one before a large one that was sent first."""
-    made = []
-    comm = SimpleNamespace(Recv_init=lambda buffer, peer, tag: made.append(Request()) or made[-1])
-    arrivals = iter([[1], [2], [0], [3, 0]])  # slots as they complete
+class Line:
+    """Stands in for a communicator: what arrives goes into the receives in the order in which they were started."""
 
-    def testsome(requests, statuses):
-        done = next(arrivals)
-        statuses.extend(SimpleNamespace(Get_count=lambda _: 16) for _ in done)
-        return done
+    def __init__(self):
+        self.started = deque()
 
-    fake = SimpleNamespace(Request=SimpleNamespace(Testsome=testsome), Prequest=SimpleNamespace(Startall=len), BYTE=None)
+    def Recv_init(self, buffer, peer, tag):
+        return Request(self, buffer[0])
+
+    def arrive(self, seq: int, kind: Kind, rows: int, receive: int = 0) -> None:
+        request, message = self.started[receive], Message(4, 8)
+        data = message.write(seq, kind, x=np.full((rows, 8), seq, np.float32))
+        del self.started[receive]
+        request.buffer[: data.size] = data
+        request.done, request.size = True, data.size
+
+
+def some_done(requests, statuses):
+    done = [index for index, request in enumerate(requests) if request.done]
+    statuses.extend(SimpleNamespace(Get_count=lambda _, size=requests[index].size: size) for index in done)
+    for index in done:
+        requests[index].done = False
+    return done
+
+
+@pytest.fixture
+def lines(monkeypatch) -> list[Line]:
+    startall = SimpleNamespace(Startall=lambda requests: [request.Start() for request in requests])
+    fake = SimpleNamespace(
+        Request=SimpleNamespace(Testsome=some_done, Testall=lambda requests: False), Prequest=startall, BYTE=None
+    )
     monkeypatch.setattr(mailbox, "MPI", fake)
-    ring = mailbox.ReceiveRing(comm, [1], 4, 1, 8)
-    slots = {id(message): index for index, (_, message) in enumerate(ring._slots)}
-    assert [[slots[id(message)] for _, message in ring.poll()] for _ in range(4)] == [[], [], [0, 1, 2], [3, 0]]
+    return [Line(), Line()]
+
+
+def received(box: mailbox.Mailbox) -> list[int]:
+    """The seqs of what has come, whose vectors must be its own."""
+    found = []
+    for peer, message in box.poll():
+        seq = int(message.header["seq"])
+        assert peer == 1 and (message.read() == seq).all()
+        found.append(seq)
+    return found
+
+
+def test_a_small_message_does_not_overtake_a_large_one(lines):
+    """MPI matches one peer's messages in order, but may complete a small one before a large one that was sent first."""
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32")
+    lines[0].arrive(1, Kind.FFN, 1, receive=1)
+    assert received(box) == []
+    lines[0].arrive(2, Kind.FFN, 1, receive=1)
+    assert received(box) == []
+    lines[0].arrive(0, Kind.FFN, 4)
+    assert received(box) == [0, 1, 2]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(large=st.lists(st.booleans(), max_size=40), order=st.lists(st.booleans(), max_size=80))
+def test_of_two_lines_the_first_copy_counts_and_none_twice(lines, large, order):
+    for line in lines:
+        line.started.clear()
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1])
+    came, found = [0, 0], []
+    for number in [*order, *[False] * len(large), *[True] * len(large)]:
+        seq = came[number]
+        if seq == len(large) or not lines[number].started:
+            continue
+        rows, kind = (4, Kind.ATTENTION) if large[seq] else (1, Kind.FFN)
+        lines[number].arrive(seq, *((Kind.ELSEWHERE, 0) if number and large[seq] else (kind, rows)))
+        came[number] += 1
+        found += received(box)
+        here = [seq < came[0] or seq < came[1] and not large[seq] for seq in range(len(large))]
+        assert found == list(range((*here, False).index(False))), "everything that is there, in order, once"
+
+
+def test_copies_are_sent_in_pairs_and_large_messages_once(lines, monkeypatch):
+    sent = []
+    for number, line in enumerate(lines):
+        line.Send_init = lambda data, peer, tag, number=number: sent.append((number, peer, bytes(data[0])))
+    mailbox.MPI.Prequest.Startall = lambda requests: None
+    sender = mailbox.Mailbox(lines[0], [], 4, 8, "f32", trailers=True, copies=lines[1])
+    sender.sent_bytes = {1: 0, 2: 0}
+    sender.post([1, 2], Kind.FFN, 1, x=np.ones((1, 8), np.float32))
+    assert [entry[:2] for entry in sent] == [(0, 1), (1, 1), (0, 2), (1, 2)] and len({entry[2] for entry in sent}) == 1
+    sent.clear()
+    sender.post([1], Kind.FFN, 2, x=np.ones((4, 8), np.float32))
+    assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 4 * 8 * 4), (1, HEADER.itemsize)]
+    sent.clear()
+    sender.one_line()
+    sender.post([1], Kind.FFN, 3, x=np.ones((1, 8), np.float32))
+    assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 8 * 4), (0, HEADER.itemsize)], "with a trailer"
