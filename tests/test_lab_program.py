@@ -28,10 +28,11 @@ def small(tmp_path_factory) -> Path:
     return converted(folder / "source", folder / "small.halo", "f32")
 
 
-def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: str = "The dog") -> tuple[dict, dict]:
+def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: str = "The dog",
+              options: tuple[str, ...] = ()) -> tuple[dict, dict]:  # fmt: skip
     """The report of a text generated in a scenario, and the lab's record."""
     report = folder / "report.json"
-    options = ["--prompt", prompt, "--max-tokens", tokens, "--ignore-eos", "--json", report]
+    options = ["--prompt", prompt, "--max-tokens", tokens, "--ignore-eos", "--json", report, *options]
     done = run("run", scenario, "--", "python", "-m", "halo_mpi.generate", "--model", model, *options, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(report.read_text()), json.loads(report.with_suffix(".lab.json").read_text())
@@ -125,3 +126,16 @@ def test_a_dead_pi_ends_the_run_with_one_line_that_says_so(can, small, tmp_path)
     said = [line for line in done.stderr.replace("\0", "").splitlines() if line.startswith("lab: ")]  # mpirun ends with a NUL
     assert said == [f"lab: the scenario killed the rank on pi3; the command ended with exit code {done.returncode}"]
     assert "Traceback" not in done.stderr
+
+
+def test_messages_go_twice_over_two_connections_unless_told_not_to(can, small, tmp_path):
+    """Whether waiting becomes rarer by it is a matter of chance in so few tokens; `bench.tpot --modes repair,twice` measures it."""
+    can("kernel")
+    scenario = scenario_file(tmp_path, "hosts = 3\nloss = 0.05\npace_ms = 0.7\n")
+    twice = generated(scenario, small, tmp_path, 16)[0]
+    once = generated(scenario, small, tmp_path, 16, options=("--no-copies",))[0]
+    assert twice["sync"]["copies"] is True and once["sync"]["copies"] is False
+    assert twice["token_ids"] == once["token_ids"]
+    vectors = 15 * 4 * 2 * 2 * 128  # bytes: of 15 tokens, 4 syncs and 2 workers, 128 values in f16
+    assert twice["devices"][0]["sent_bytes"] > once["devices"][0]["sent_bytes"] + 0.8 * vectors
+    assert not any("sent twice" in event["what"] for event in twice["events"])
