@@ -289,3 +289,15 @@ def test_copies_are_sent_in_pairs_and_large_messages_once(lines, monkeypatch):
     sender.one_line()
     sender.post([1], Kind.FFN, 3, x=np.ones((1, 8), np.float32))
     assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 8 * 4), (0, HEADER.itemsize)], "with a trailer"
+
+
+def test_what_mpi_would_fetch_by_rendezvous_is_not_copied(lines):
+    sent = []
+    for number, line in enumerate(lines):
+        line.Send_init = lambda data, peer, tag, number=number: sent.append((number, len(data[0])))
+    mailbox.MPI.Prequest.Startall = lambda requests: None
+    width = mailbox.MOST_COPIED_VALUES + 1
+    sender = mailbox.Mailbox(lines[0], [], 4, width, "f32", copies=lines[1])
+    sender.sent_bytes = {1: 0}
+    sender.post([1], Kind.FFN, 1, x=np.ones((1, width), np.float32))
+    assert sent == [(0, HEADER.itemsize + 4 * width), (1, HEADER.itemsize)]

@@ -19,7 +19,7 @@ from halo_mpi.wire.messages import TAG, Kind, Message
 
 DEPTH = 8  # receives per peer: an answer, its trailer, and the answers to a few kicks
 SIZES = (0, 1, 8)  # rows of the buffers for messages, besides the largest
-MOST_COPIED_ROWS = 1  # what fits one or two packets
+MOST_COPIED_VALUES = 8192  # a decode message; 32 KiB in f32, below the 64 KiB from which MPI would ask the receiver first
 TESTED = 4  # sends that are tested before a new one
 
 
@@ -35,8 +35,9 @@ class Mailbox:
                  copies: MPI.Comm | None = None):  # fmt: skip
         self._wire, self._trailers, self._peers = wire, trailers, peers
         self._lines = [comm] if copies is None else [comm, copies]
+        self._copied_rows = 1 if width <= MOST_COPIED_VALUES else 0
         self._rings = [
-            ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(self._lines, (rows, MOST_COPIED_ROWS))
+            ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(self._lines, (rows, self._copied_rows))
         ]
         self._pools = [SendPool(size, width) for size in (*(size for size in SIZES if size < rows), rows)]
         self._handed_out = dict.fromkeys(peers, 0)  # messages
@@ -54,7 +55,7 @@ class Mailbox:
              epoch: int = 0, lag: int = 0, wire: str | None = None) -> None:  # fmt: skip
         """Start sending one message with x, f32 [rows, width] or None, to all `peers`."""
         rows = 0 if x is None else len(x)
-        copied = rows <= MOST_COPIED_ROWS
+        copied = rows <= self._copied_rows
         self._send(rows, peers, self._lines if copied else self._lines[:1],
                    (seq, kind, layer, position, x, wire or self._wire, epoch, lag))  # fmt: skip
         if not copied and len(self._lines) > 1:
