@@ -273,13 +273,25 @@ def test_of_two_lines_the_first_copy_counts_and_none_twice(lines, large, order):
         assert found == list(range((*here, False).index(False))), "everything that is there, in order, once"
 
 
-def test_copies_are_sent_in_pairs_and_large_messages_once(lines, monkeypatch):
-    sent = []
+@pytest.fixture
+def sent(lines) -> list[tuple[int, int, bytes]]:
+    """Line, peer and data of every message that is sent."""
+    found = []
     for number, line in enumerate(lines):
-        line.Send_init = lambda data, peer, tag, number=number: sent.append((number, peer, bytes(data[0])))
+        line.Send_init = lambda data, peer, tag, number=number: found.append((number, peer, bytes(data[0])))
     mailbox.MPI.Prequest.Startall = lambda requests: None
-    sender = mailbox.Mailbox(lines[0], [], 4, 8, "f32", trailers=True, copies=lines[1])
+    return found
+
+
+def sender_to_two(lines: list[Line], width: int) -> mailbox.Mailbox:
+    """It receives nothing."""
+    sender = mailbox.Mailbox(lines[0], [], 4, width, "f32", trailers=True, copies=lines[1])
     sender.sent_bytes = {1: 0, 2: 0}
+    return sender
+
+
+def test_copies_are_sent_in_pairs_and_large_messages_once(lines, sent):
+    sender = sender_to_two(lines, 8)
     sender.post([1, 2], Kind.FFN, 1, x=np.ones((1, 8), np.float32))
     assert [entry[:2] for entry in sent] == [(0, 1), (1, 1), (0, 2), (1, 2)] and len({entry[2] for entry in sent}) == 1
     sent.clear()
@@ -291,13 +303,7 @@ def test_copies_are_sent_in_pairs_and_large_messages_once(lines, monkeypatch):
     assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 8 * 4), (0, HEADER.itemsize)], "with a trailer"
 
 
-def test_what_mpi_would_fetch_by_rendezvous_is_not_copied(lines):
-    sent = []
-    for number, line in enumerate(lines):
-        line.Send_init = lambda data, peer, tag, number=number: sent.append((number, len(data[0])))
-    mailbox.MPI.Prequest.Startall = lambda requests: None
+def test_what_mpi_would_fetch_by_rendezvous_is_not_copied(lines, sent):
     width = mailbox.MOST_COPIED_VALUES + 1
-    sender = mailbox.Mailbox(lines[0], [], 4, width, "f32", copies=lines[1])
-    sender.sent_bytes = {1: 0}
-    sender.post([1], Kind.FFN, 1, x=np.ones((1, width), np.float32))
-    assert sent == [(0, HEADER.itemsize + 4 * width), (1, HEADER.itemsize)]
+    sender_to_two(lines, width).post([1], Kind.FFN, 1, x=np.ones((1, width), np.float32))
+    assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 4 * width), (1, HEADER.itemsize)]

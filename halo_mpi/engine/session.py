@@ -113,26 +113,27 @@ class Session:
             self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
             link.greet()
         addresses = [set(each) for each in broadcast(comm, gather(comm, own_addresses()))]
-        self.copies = bool(copies) and self._has_two_lines([addresses[peer] for peer in peers])
+        self.copies = bool(copies) and self._has_two_lines(addresses, peers)
         if not self.copies:
             mailbox.one_line()
-        self.tuned_sockets = self._tune_sockets(set().union(*addresses)) if sync.tune_sockets else False
+        others = set().union(*addresses) - addresses[comm.rank]
+        self.tuned_sockets = self._tune_sockets(others) if sync.tune_sockets else False
 
     @property
     def _uses_calibration(self) -> bool:
         return self.run.sync.calibration and self.run.sync.mode == "relaxed"
 
-    def _has_two_lines(self, peers: list[set[str]]) -> bool:
-        """Whether all pairs of hosts that talk have two connections (collective); `peers`: this rank's, by their addresses."""
-        here = set(own_addresses())
-        doubled = gather(self.comm, all(peer == here or has_two_connections(peer) for peer in peers))
+    def _has_two_lines(self, addresses: list[set[str]], peers: list[int]) -> bool:
+        """Whether all pairs of hosts that talk have two connections (collective); `addresses`: of every rank; `peers`: this one's."""
+        here, there = addresses[self.comm.rank], [addresses[peer] for peer in peers]
+        doubled = gather(self.comm, all(peer == here or has_two_connections(peer) for peer in there))
         if self.is_root and not all(doubled):
             self.event("messages are not sent twice: MPI opened only one connection to some host")
         return broadcast(self.comm, all(doubled))
 
-    def _tune_sockets(self, everybody: set[str]) -> bool | str:
+    def _tune_sockets(self, others: set[str]) -> bool | str:
         """Tune the connections to the other hosts (collective). On the root, for the report: whether all took all options."""
-        accepted = gather(self.comm, tune_sockets(everybody - set(own_addresses()), self.run.sync.old_kernel))
+        accepted = gather(self.comm, tune_sockets(others, self.run.sync.old_kernel))
         refused = {option for rank in accepted for option, taken in rank.items() if not taken}
         if refused and self.is_root:
             self.event(f"the kernel refused to tune sockets: {', '.join(sorted(refused))}")
