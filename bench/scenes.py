@@ -16,7 +16,7 @@ from bench.tables import Table, number
 
 SCENARIOS = ROOT / "bench" / "scenarios"
 SCENES = ("clean-4", "bursts", "wifi", "hot-pi", "flapping", "two-bad-of-eight")
-DEFAULT_MODES = ("strict", "repair", "relaxed")
+DEFAULT_MODES = ("strict", "repair", "twice", "relaxed")
 PATIENCE_S = 40.0
 MAX_TOKENS = 400
 
