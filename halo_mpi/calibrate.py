@@ -44,12 +44,13 @@ def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: i
     begin = time.perf_counter()
     calibration = Calibration(comm, model, threads, verbose)
     calibration.read(paths, tokens, window)
-    facts = calibration.run(sensitivity_tokens, UNITS[sorted_by])
-    if facts:
+    if outcome := calibration.run(sensitivity_tokens, UNITS[sorted_by]):
+        facts, peak = outcome
         groups, heads = (fmean(share for layer in facts[kind]["recovered"] for share in layer) for kind in ("groups", "heads"))
         click.echo(
-            f"{model}: calibrated on {facts['tokens']} tokens in {time.perf_counter() - begin:.0f} s; an estimate explains "
-            f"{groups:.0%} of |output|^2 of a late FFN group, {heads:.0%} of a head's; `halo-mpi inspect {model}` shows more",
+            f"{model}: calibrated on {facts['tokens']} tokens in {time.perf_counter() - begin:.0f} s and {peak / 1e6:.0f} MB of memory; "
+            f"an estimate explains {groups:.0%} of |output|^2 of a late FFN group, {heads:.0%} of a head's; "
+            f"`halo-mpi inspect {model}` shows more",
             err=True,
         )
 

@@ -8,7 +8,7 @@ import torch
 
 from halo_mpi import __version__
 from halo_mpi.engine.agreement import require_equal, together
-from halo_mpi.engine.machine import share_cores
+from halo_mpi.engine.machine import peak_memory, share_cores
 from halo_mpi.engine.prompts import read_text
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
@@ -21,7 +21,7 @@ from halo_mpi.predict.texts import SHIPPED, digest, windows
 from halo_mpi.predict.walk import Walk
 from halo_mpi.progress import progress
 from halo_mpi.store.reader import ModelStore
-from halo_mpi.wire.exchange import broadcast
+from halo_mpi.wire.exchange import broadcast, gather
 
 WIDTH = 16  # the rank of an estimate
 SENSITIVITY_WINDOW = 256  # tokens
@@ -51,8 +51,8 @@ class Calibration:
         self._windows = np.array(broadcast(self._comm, cut_), np.int32)
         self._texts = [path.name for path in paths or SHIPPED]
 
-    def run(self, sensitivity_tokens: int, unit: int) -> dict | None:
-        """Walk, and write the calibrated version; what was found, on the root."""
+    def run(self, sensitivity_tokens: int, unit: int) -> tuple[dict, int] | None:
+        """Walk, and write the calibrated version; on the root what was found, and the most memory, in bytes, that a rank took."""
         comm, store, config = self._comm, self._store, self._config
         settings = {"text": digest(self._windows), "windows": self._windows.shape, "model": store.digest, "ranks": comm.size,
                     "width": WIDTH, "unit": unit, "halo_mpi": __version__}  # fmt: skip
@@ -71,7 +71,8 @@ class Calibration:
             *_, sensitivities = self._progress(steps, config.layers + 1, "measuring layers")
         found = self._together(lambda: self._write(files, unit, sensitivities) if comm.rank == 0 else None)
         files.remove()
-        return found
+        peaks = gather(comm, peak_memory())
+        return (found, max(peaks)) if comm.rank == 0 else None
 
     def _write(self, files: ProgressFiles, unit: int, sensitivities: np.ndarray | None) -> dict:
         """Write the calibrated version; what was found."""

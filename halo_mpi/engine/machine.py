@@ -2,7 +2,9 @@
 
 import os
 import platform
+import resource
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +32,12 @@ def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """The most memory, in bytes, that this process has had resident so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most  # getrusage(2): KiB but on macOS
 
 
 def mpi_name() -> str:
