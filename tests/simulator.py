@@ -53,7 +53,7 @@ class Box:
     """Stands in for a Mailbox. `delays`: seconds that each message takes, one after the other, for ever."""
 
     def __init__(self, clock: Clock, width: int, rows: int, delays: list[float]):
-        self._clock, self._shape, self._delays = clock, (rows, width), itertools.cycle(delays)
+        self._clock, self._shape, self.delays = clock, (rows, width), itertools.cycle(delays)
         self.peers: dict[int, Box] = {}  # set by whoever connects them
         self.rank = 0
         self._arriving: dict[int, deque] = {}
@@ -64,7 +64,7 @@ class Box:
             message = Message(*self._shape)
             message.write(seq, kind, layer, position, x, wire or "f32", epoch, lag)
             quick = kind in (Kind.PING, Kind.STOP)
-            self.peers[peer].deliver(self.rank, message, 0.0 if quick else next(self._delays))
+            self.peers[peer].deliver(self.rank, message, 0.0 if quick else next(self.delays))
 
     def deliver(self, sender: int, message: Message, delay_s: float) -> None:
         line = self._arriving.setdefault(sender, deque())

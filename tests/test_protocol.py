@@ -1,5 +1,6 @@
 """The protocol on a simulated wire: late, very late, out of step, cut off, at any point; the invariants hold."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -117,6 +118,25 @@ def test_a_worker_that_was_cut_off_gets_what_it_missed(deep):
     simulation.root.step(7, len(ids))
     assert simulation.root.crew.state(3) == "ok" and len(simulation.notes) == 2 and "is back" in simulation.notes[1]
     simulation.settle()
+    caches_are_complete(simulation, len(ids) + 1)
+
+
+def test_a_worker_that_holds_everybody_up_pauses_for_longer_and_longer(deep):
+    far = [[1e-4]] * 3 + [[0.05]]
+    simulation = Simulation(deep, RANKS, replace(RELAXED, max_lag=2), far, NO_STALL, CONTEXT)
+    ids = IDS * 4
+    for position, token in enumerate(ids):
+        simulation.root.step(token, position)
+        simulation.settle(0.1)  # the rest of a token's time
+    notes = simulation.notes
+    assert [note for note in notes if "rank 3" in note] == notes and "holds everybody up" in notes[0] and "is back" in notes[1]
+    assert simulation.root.ledger.substituted and simulation.root.crew._patience[3].pause_s >= 2
+    assert simulation.clock.now() < 0.1 * len(ids) + 3 * 0.6  # it was waited for no more than that
+    simulation.boxes[3].delays = simulation.boxes[0].peers[3]._box.delays = itertools.cycle([1e-4])
+    simulation.settle(60)
+    simulation.root.step(7, len(ids))
+    simulation.settle()
+    assert simulation.root.crew.state(3) == "ok" and "is back" in simulation.notes[-1]
     caches_are_complete(simulation, len(ids) + 1)
 
 

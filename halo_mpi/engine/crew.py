@@ -3,11 +3,15 @@
 present --> suspect    missed a deadline and was not heard since; any message clears it
         --> behind     silent for `outage_s`, and the run's quality allows to do without it: still asked, not waited for;
                        once heard again, present at the next attention
-any     --> away       `CREDIT` syncs ago was the last request that it has done: not asked any more
-away    --> present    heard again, and sent every attention input that it missed
+any     --> away       `CREDIT` syncs ago was the last request that it has done, or the root had to wait for it most of the time, and the
+                       run's quality allows to do without it: not asked any more
+away    --> present    heard again, and sent every attention input that it missed; not before `PAUSE_S` if it was too slow, and twice as
+                       long the next time
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +22,29 @@ from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
 
 CREDIT = 128  # syncs
+MEMORY_S = 1.0  # of how long the root waited for whom
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long the root lately waited for a worker past its deadline, which fades in `MEMORY_S`; times are the waiter's."""
+
+    waited_s: float = 0.0
+    at: float = 0.0
+    pause_s: float = 0.0
+    not_before: float = 0.0  # it comes back
+
+    def wait(self, seconds: float, now: float) -> float:
+        self.waited_s = self.waited_s * math.exp((self.at - now) / MEMORY_S) + seconds
+        self.at = now
+        return self.waited_s
+
+    def end(self, now: float) -> None:
+        """The worker has to pause."""
+        again = now - self.not_before < 4 * self.pause_s
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S) if again else PAUSE_S
+        self.waited_s, self.not_before = 0.0, now + self.pause_s
 
 
 class Crew:
@@ -28,6 +55,7 @@ class Crew:
         self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
+        self._patience = {rank: Patience() for rank in link.workers}
         self._history = None
         if relaxed and any(self._workers[Kind.ATTENTION]):
             self._history = AttentionInputs(config.layers, context, config.hidden, self._workers[Kind.ATTENTION])
@@ -57,6 +85,15 @@ class Crew:
             if now - self._waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
         }
 
+    def too_slow(self, workers: set[int], seconds: float, now: float) -> set[int]:
+        """The root waited so long for these; those of them for whom it lately waited longer than an outage may last."""
+        return {rank for rank in workers if self._patience[rank].wait(seconds, now) > self._outage_s}
+
+    def pause(self, rank: int) -> None:
+        """The worker, whom the root does without, is too slow to be asked."""
+        self._patience[rank].end(self._link.waiter.now())
+        self.stop_asking(rank, "holds everybody up")
+
     def done_without(self) -> set[int]:
         """The workers that are behind or away."""
         return set(self._left_at)
@@ -77,12 +114,12 @@ class Crew:
         """Wait for the worker no more."""
         self._left_at[rank] = self._link.waiter.now()
 
-    def stop_asking(self, rank: int) -> None:
+    def stop_asking(self, rank: int, why: str = "is cut off") -> None:
         """The worker is away, until it has received all that it was sent, and been sent all that it missed."""
         self._left_at.setdefault(rank, self._link.waiter.now())
         self._away.add(rank)
         self._link.probe(rank)
-        self._note(f"rank {rank} is cut off: going on without it")
+        self._note(f"rank {rank} {why}: going on without it")
 
     def _waiting_since(self, rank: int, now: float) -> float:
         peer = self._link.peers[rank]
@@ -106,7 +143,7 @@ class Crew:
             if peer.heard_at <= self._left_at[rank]:
                 continue
             if rank in self._away:
-                if peer.kicks_in_flight or peer.replays:
+                if peer.kicks_in_flight or peer.replays or self._link.waiter.now() < self._patience[rank].not_before:
                     continue
                 if self._history and not self._history.replay(self._link, rank, position, layer, epoch):
                     continue

@@ -150,7 +150,7 @@ class Root:
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
-        own_done = link.waiter.now()
+        own_done = looked_at = link.waiter.now()
         while True:
             for answer in link.poll():
                 if answer.seq == seq:
@@ -183,6 +183,8 @@ class Root:
                 return answers, late
             if counting:
                 missing -= self._leave_behind(crew.silent(missing | overdue, now))
+                missing -= self._pause(crew.too_slow(missing & late | overdue, now - looked_at, now))
+                looked_at = now
             link.waiter.wait()
 
     def _stop_asking(self, kind: Kind, layer: int) -> None:
@@ -191,6 +193,13 @@ class Root:
         behind = {rank for rank in overrun if self.crew.does_without(rank)}
         for rank in behind | self._leave_behind(overrun - behind):
             self.crew.stop_asking(rank)
+
+    def _pause(self, ranks: set[int]) -> set[int]:
+        """Ask these workers nothing for a while, as far as the run's quality allows it; those that pause now."""
+        gone = self._leave_behind({rank for rank in ranks if not self.crew.does_without(rank)})
+        for rank in gone:
+            self.crew.pause(rank)
+        return gone
 
     def _leave_behind(self, ranks: set[int]) -> set[int]:
         """Do without these workers, as far as the run's quality allows it; those that are behind now."""
@@ -238,14 +247,18 @@ class Root:
         link, self._at = self._link, 2 * self._config.layers
         if not self._sums:
             return x
+        looked_at = link.waiter.now()
         while True:
             for answer in link.poll():
                 self._take_late(answer)
             if not self._sums:
                 return self._correct(x)
-            for rank in self._sums.ranks():
+            now, late = link.waiter.now(), self._sums.ranks()
+            for rank in late:
                 link.kick(rank)
-            self._leave_behind(self.crew.silent(self._sums.ranks(), link.waiter.now()))
+            self._leave_behind(self.crew.silent(late, now))
+            self._pause(self.crew.too_slow(late, now - looked_at, now))
+            looked_at = now
             link.waiter.wait()
 
     def _add(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
