@@ -16,6 +16,7 @@ from bench.results import ROOT
 LAB_S = 60.0  # to bring a lab up and take it down, at most
 END_S = 20.0  # for a lab to take itself down when told to
 EXIT_TIMEOUT = 124
+EVEN = ("--placement", "importance")  # but for what a mode says: nothing that is measured at the start decides who computes what
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 LAB_KEYS = ("backend", "seed", "duration_s", "generation_s", "tokens", "events", "links", "costs")
 
@@ -28,7 +29,7 @@ def require_lab() -> None:
 
 def generation(model: Path, options: tuple[str, ...], seconds: float, max_tokens: int) -> list:
     """`generate` in a time box, with the end-of-text token banned and all times in the report."""
-    program = ["halo_mpi.generate", "--model", model, *options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
+    program = ["halo_mpi.generate", *EVEN, "--model", model, *options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
     return [*program, "--max-tokens", max_tokens, "--max-seconds", seconds]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.cells import run_locally
+from bench.cells import EVEN, run_locally
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import Names, Numbers
 from bench.pagecache import drop, resident, warm
@@ -40,7 +40,7 @@ def prepare(model: Path, cache: str) -> float:
 
 def run_start(cell: dict, model: Path) -> dict:
     share = prepare(model, cell["cache"])
-    run = run_locally(cell["ranks"], ["bench.first_token", "--model", model], TIMEOUT_S)
+    run = run_locally(cell["ranks"], ["bench.first_token", *EVEN, "--model", model], TIMEOUT_S)
     run["resident"] = share
     if run["status"] == "ok":
         ends = [run["began"], *(run["report"]["ends_s"][phase] for phase in PHASES)]

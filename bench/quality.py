@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.cells import require_lab, run_in_lab
+from bench.cells import EVEN, require_lab, run_in_lab
 from halo_mpi.figures import figure, require_matplotlib
 from bench.modes import ENGINE_MODES, MODES, Names, Numbers
 from bench.results import Results, run_benchmark, shared_options
@@ -45,7 +45,7 @@ def run_cell(cell: dict, model: Path, text: Path, ranks: int, tokens: int, conte
 
 def scoring(model: Path, options: tuple[str, ...], text: Path, tokens: int, context: int) -> list:
     """`evaluate` of the first tokens of a text."""
-    program = ["halo_mpi.evaluate", "--model", model, *options, "--text", text, "--tokens", tokens]
+    program = ["halo_mpi.evaluate", *EVEN, "--model", model, *options, "--text", text, "--tokens", tokens]
     return [*program, "--context", context, "--samples"]
 
 

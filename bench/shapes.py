@@ -19,6 +19,7 @@ import numpy as np
 from bench.results import ROOT, run_benchmark
 from halo_mpi.convert import write_model
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.shapes import SHAPES as KNOWN
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.store.encoding import BLOCK, DTYPES, Blocks
 from halo_mpi.store.reader import MODEL_FILE
@@ -27,8 +28,8 @@ DEMO = ROOT / "models" / "smollm2-135m.halo"
 SEED = 1
 SHAPES = {
     "micro": ModelConfig("micro shape", 4, 128, 8, 4, 16, 384, 512, 2048, 1e-5, 10000.0),  # a sync takes next to no time
-    "tinyllama": ModelConfig("TinyLlama-1.1B shape", 22, 2048, 32, 4, 64, 5632, 32000, 2048, 1e-5, 10000.0),
-    "llama-2-7b": ModelConfig("Llama-2-7B shape", 32, 4096, 32, 32, 128, 11008, 32000, 4096, 1e-5, 10000.0),  # never by default
+    "tinyllama": KNOWN["tinyllama"],
+    "llama-2-7b": KNOWN["llama-2-7b"],  # never by default
 }
 CODE_SPREAD = {"int4": np.sqrt((16**2 - 1) / 12), "int8": np.sqrt((255**2 - 1) / 12)}  # standard deviation of uniform codes
 

@@ -10,7 +10,12 @@ from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, describe
 
 LOCAL = ("convert", "inspect")  # one process
-DISTRIBUTED = ("generate", "evaluate", "calibrate")  # one process per rank, under mpirun
+DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan")  # one process per rank, under mpirun
+
+
+def is_local(name: str, arguments: list[str]) -> bool:
+    """Whether a command runs as one process; to plan for a file of devices is one that needs no MPI."""
+    return name in LOCAL or name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
 
 
 def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
@@ -50,7 +55,7 @@ def main() -> None:
         click.echo(f"halo-mpi: no command {arguments[0]!r}; there are {', '.join(sorted(names))}", err=True)
         sys.exit(EXIT_USAGE)
     command = getattr(importlib.import_module(f"halo_mpi.{arguments[0]}"), arguments[0])
-    if arguments[0] in LOCAL:
+    if is_local(arguments[0], arguments):
         run_local(command, arguments[1:])
     else:
         from halo_mpi.engine.launch import run_distributed

@@ -27,4 +27,4 @@ for argument in "$@"; do
     esac
 done
 say "generating on 4 local ranks"
-exec "$root/launch/halo-mpirun" -n 4 python -m halo_mpi.generate --model "$model" --chat "${prompt[@]}" "$@"
+exec "$root/launch/halo-mpirun" -n 4 python -m halo_mpi.generate --placement importance --model "$model" --chat "${prompt[@]}" "$@"

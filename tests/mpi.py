@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+EVEN = ("--placement", "importance")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def run(ranks: int, *program: str | Path, timeout: float = 90) -> Finished:
 
 
 def halo(ranks: int, command: str, *options: str | Path, timeout: float = 90) -> Finished:
-    """Run a distributed command to its end."""
+    """Run a distributed command to its end; nothing that is measured decides who computes what, unless --placement says so."""
+    if command in ("generate", "evaluate"):
+        options = (*EVEN, *options)
     return run(ranks, "-m", f"halo_mpi.{command}", *options, timeout=timeout)
 
 

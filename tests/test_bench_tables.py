@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench import estimates, report, scenes, stress, tradeoff, unstable
+from bench import estimates, placement, report, scenes, stress, tradeoff, unstable
 from tests.test_bench import run_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +33,7 @@ def some_runs() -> list[dict]:
     return [
         scored([-1.0, -2.0, -3.0], mode="reference", wire="f32", loss=None, repeat=0),
         scored([-1.0, -2.0, -3.0], mode="reference", wire="f16", loss=None, repeat=0),
-        scored([], [9.0, 2.0], mode="repair", loss=0.0),
+        scored([], [9.0, 2.0], mode="twice", loss=0.0),
         scored([], [9.0, 4.0], mode="repair", loss=5.0),
         scored([-1.0, -2.0], [9.0, 3.0], deferred=10, mode="relaxed", loss=5.0, **settings),
     ]
@@ -70,6 +70,27 @@ def test_scenes_show_what_became_of_late_sums():
     drawn = scenes.table({**tradeoff_content(runs), "settings": settings})
     assert drawn.rows[1][:2] == ["bursts", "relaxed"] and drawn.rows[1][7] == "0.50 (1 pair)" and drawn.rows[1][9] == "20.00%"
     assert drawn.rows[2][2] == "0"
+
+
+def scheduled(name: str, tpot_ms: list[float], predicted_ms: float) -> dict:
+    run = scored([], tpot_ms, scene="hot-pi", placement=name)
+    devices = [
+        {"attention_ms": whole, "ffn_ms": whole, "fixed_ms": 0.0, "link_ms": link}
+        for whole, link in ((2.0, 0.0), (4.0, 1.0), (4.0, 99.0))
+    ]
+    options = {name: {"tpot_ms": ms, "groups": [8, 4, 0]} for name, ms in (("even", 99.0), ("measured", predicted_ms))}
+    run["report"]["scheduler"] = {"devices": devices, "further_ms": 0.0, "head_ms": 1.0, "chosen": "measured", "options": options}
+    return run
+
+
+def test_ideal_shares_take_equally_long_and_leave_out_what_is_too_far():
+    scheduler = scheduled("auto", [9.0, 5.0], 4.0)["report"]["scheduler"]
+    sync = (1 + 1.0 / 4) / (1 / 2 + 1 / 4)  # t = 2 a = 1 + 4 b, a + b = 1
+    assert placement.ideal_ms(scheduler, 3) == pytest.approx(3 * 2 * sync + 1)
+    content = tradeoff_content([scheduled("even", [9.0, 8.0], 9.0), scheduled("auto", [9.0, 5.0], 4.0)])
+    content["settings"] |= {"scenes": ["hot-pi"], "layers": 3}
+    even, auto = placement.table(content).rows
+    assert even[6] == "99.0" and auto[2] == "8 4 0" and auto[7] == "1.25" and auto[-1] == "0.62 (1 pair)"
 
 
 def test_links_flap_within_the_time_and_at_workers_only():

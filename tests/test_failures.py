@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import converted
-from tests.mpi import ROOT, Finished, finish, halo, mpirun_options, run, start_command
+from tests.mpi import EVEN, ROOT, Finished, finish, halo, mpirun_options, run, start_command
 from tests.tiny_models import write_tiny_hf
 
 pytestmark = pytest.mark.mpi
@@ -169,7 +169,7 @@ def test_ranks_with_different_shards_share_the_work_by_what_they_have(tiny, tmp_
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_an_unexpected_exception_on_any_rank_ends_the_job_and_names_the_rank(tiny, rank):
-    finished = run(3, "-m", "tests.programs.broken_rank", "--model", tiny, *PROMPT, "--seed", rank)
+    finished = run(3, "-m", "tests.programs.broken_rank", *EVEN, "--model", tiny, *PROMPT, "--seed", rank)
     assert finished.code != 0
     assert (
         len(finished.complaints) == 1

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.mpi import finish, halo, report_of, start, start_command, succeed
+from tests.mpi import EVEN, finish, halo, report_of, start, start_command, succeed
 
 pytestmark = pytest.mark.mpi
 PROMPT = "The quick brown fox"
@@ -24,7 +24,7 @@ def test_the_text_goes_to_standard_output_alone(tiny):
 
 
 def test_without_mpirun_it_runs_on_one_rank(tiny, tmp_path):
-    command = [sys.executable, "-m", "halo_mpi.generate", "--model", tiny, "--prompt", PROMPT, "--max-tokens", 5]
+    command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", tiny, "--prompt", PROMPT, "--max-tokens", 5]
     assert "on 1 ranks" in succeed(finish(start_command(command), 60)).err
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import converted
 from tests.lab import SCENARIOS, event, run, scenario_file
-from tests.mpi import ROOT
+from tests.mpi import EVEN, ROOT
 from tests.tiny_models import TINY, write_tiny_hf
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(150)]
@@ -33,7 +33,7 @@ def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: st
     """The report of a text generated in a scenario, and the lab's record."""
     report = folder / "report.json"
     options = ["--prompt", prompt, "--max-tokens", tokens, "--ignore-eos", "--json", report, *options]
-    done = run("run", scenario, "--", "python", "-m", "halo_mpi.generate", "--model", model, *options, timeout=100)
+    done = run("run", scenario, "--", "python", "-m", "halo_mpi.generate", *EVEN, "--model", model, *options, timeout=100)
     assert done.returncode == 0, done.stderr
     return json.loads(report.read_text()), json.loads(report.with_suffix(".lab.json").read_text())
 
@@ -118,7 +118,19 @@ def test_a_dead_pi_ends_the_run_with_one_line_that_says_so(can, small, tmp_path)
     """Workers are not survived yet: Open MPI ends all ranks."""
     can("kernel")
     scenario = scenario_file(tmp_path, "pace_ms = 10\n" + (SCENARIOS / "dead-pi.toml").read_text())
-    command = ["python", "-m", "halo_mpi.generate", "--model", small, "--prompt", "The dog", "--max-tokens", 300, "--ignore-eos"]
+    command = [
+        "python",
+        "-m",
+        "halo_mpi.generate",
+        *EVEN,
+        "--model",
+        small,
+        "--prompt",
+        "The dog",
+        "--max-tokens",
+        300,
+        "--ignore-eos",
+    ]
     done = run("run", scenario, "--timeout", 30, "--record", tmp_path / "record.json", "--", *command)
     record = json.loads((tmp_path / "record.json").read_text())
     assert done.returncode not in (0, 124) and record["exit_code"] == done.returncode

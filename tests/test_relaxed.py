@@ -9,7 +9,7 @@ import pytest
 
 from halo_mpi.wire.sockets import TCP_RTO_MIN_US
 from tests.lab import run, scenario_file
-from tests.mpi import finish, halo, report_of, start_command
+from tests.mpi import EVEN, finish, halo, report_of, start_command
 from tests.test_failures import fails
 
 pytestmark = pytest.mark.timeout(240)
@@ -138,7 +138,7 @@ WRONG = {
 @mpi
 @pytest.mark.parametrize("option, value", [(option, value) for option, values in WRONG.items() for value in values])
 def test_a_wrong_value_is_one_line(deep, option, value):
-    command = [sys.executable, "-m", "halo_mpi.generate", "--model", deep, *PROMPT, "--sync", "relaxed", option, value]
+    command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--sync", "relaxed", option, value]
     fails(finish(start_command(command), 60), 2, option)
 
 
@@ -161,7 +161,7 @@ def test_with_losses_it_ends_well_and_says_what_the_kernel_took(can, deep, tmp_p
     can("kernel")
     path = tmp_path / "report.json"
     options = ["--sync", "relaxed", "--check", "--json", path, *(["--old-kernel"] if old_kernel else [])]
-    command = ["python", "-m", "halo_mpi.generate", "--model", deep, *PROMPT, *options]
+    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, *options]
     done = run("run", scenario_file(tmp_path, "hosts = 3\nloss = 0.05\n"), "--", *command, timeout=100)
     assert done.returncode == 0, done.stderr
     report, record = (json.loads(file.read_text()) for file in (path, path.with_suffix(".lab.json")))
@@ -178,7 +178,7 @@ def test_with_losses_it_ends_well_and_says_what_the_kernel_took(can, deep, tmp_p
 def test_without_tuning_no_socket_is_tuned(can, deep, tmp_path):
     can("kernel")
     path = tmp_path / "report.json"
-    command = ["python", "-m", "halo_mpi.generate", "--model", deep, *PROMPT, "--no-tune-sockets", "--json", path]
+    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--no-tune-sockets", "--json", path]
     done = run("run", scenario_file(tmp_path, "hosts = 2\n"), "--", *command, timeout=60)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["sync"]["tuned_sockets"] is False
@@ -190,7 +190,7 @@ def test_a_long_prompt_goes_in_large_messages(can, wide, tmp_path, sync):
     """Above 64 KiB MPI waits for the receiver, and a small message may complete before a large one that was sent first."""
     can("kernel")
     path = tmp_path / "report.json"
-    command = ["python", "-m", "halo_mpi.generate", "--model", wide, "--prompt", "a long prompt " * 12, "--max-tokens", 6]
+    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", wide, "--prompt", "a long prompt " * 12, "--max-tokens", 6]
     options = ["--wire", "f32", "--ignore-eos", "--sync", sync, "--json", path]
     done = run("run", scenario_file(tmp_path, "hosts = 3\nloss = 0.05\npace_ms = 3\n"), "--", *command, *options, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -204,7 +204,7 @@ def test_an_outage_of_20_seconds_is_survived(can, deep, tmp_path):
     can("kernel")
     path = tmp_path / "report.json"
     outage = '[[event]]\nat_s = 0.2\nhost = "pi2"\naction = "link-down"\nfor_s = 20.0\n'
-    command = ["python", "-m", "halo_mpi.generate", "--model", deep, *PROMPT, "--json", path]
+    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--json", path]
     done = run("run", scenario_file(tmp_path, f"hosts = 2\npace_ms = 10\n{outage}"), "--", *command, timeout=100)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["tpot_ms"]["max"] > 15_000

@@ -5,6 +5,7 @@ import io
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
 from halo_mpi.wire.sockets import ask_for_two_connections
 
+FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 
 
@@ -56,6 +58,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         complain(where + describe(error, verbose))
         _leave_exit_code(comm, code)
         if comm.size > 1:
+            time.sleep(FORWARDED_S)
             comm.Abort(code)
     # Under halo-mpirun, which returns the code in the file, nobody tells mpirun of an orderly failure: it would add a banner.
     sys.exit(EXIT_DONE if _leave_exit_code(comm, code) else code)

@@ -2,17 +2,16 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import click
 
+from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import WIRES
 
 MAX_LAG = 100  # below the requests that a worker may have unanswered
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Size(click.ParamType):
@@ -21,10 +20,10 @@ class Size(click.ParamType):
     name = "SIZE"
 
     def convert(self, value, param, ctx):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if not match:
+        size = parse_size(str(value))
+        if size is None:
             self.fail(f"{value!r} is not a size; write for example 800M or 1.5G", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +112,12 @@ _OPTIONS = (
     click.option("--calibration/--no-calibration", default=True, show_default=True,
                  help="relaxed: predict importance and late answers by what `halo-mpi calibrate` found, if the model was calibrated. "
                       "--placement auto goes by it in any case."),
-    click.option("--placement", default="auto", show_default=True, metavar="auto|even|root-attention|FILE",
-                 help="Who computes what. auto: even shares, and of a calibrated model the most important ones on the root. "
-                      "FILE: JSON, {\"heads\": [count per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: "
-                      "ranks from the most stable to the least, for a calibrated model."),
+    click.option("--placement", default="auto", show_default=True, metavar="auto|even|importance|root-attention|FILE",
+                 help="Who computes what. auto: devices and links are measured at start, in about a second, and get the shares with "
+                      "which a token takes least time, or even ones if that is within a tenth (see `halo-mpi plan`). importance: even "
+                      "shares, and of a calibrated model the most important ones on the root, as in auto. FILE: JSON, {\"heads\": [count "
+                      "per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: ranks from the most stable to the "
+                      "least, for a calibrated model."),
     click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
     click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
                  help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
@@ -138,3 +139,14 @@ def run_options(command: Callable) -> Callable:
     for option in reversed(_OPTIONS):
         with_run = option(with_run)
     return with_run
+
+
+def default_run(model: Path, memory: int | None, threads: int | None, verbose: bool) -> RunOptions:
+    """A run with the default of every other option."""
+
+    @click.command()
+    @run_options
+    def take(run: RunOptions) -> RunOptions:
+        return run
+
+    return replace(take.main(["--model", str(model)], standalone_mode=False), memory=memory, threads=threads, verbose=verbose)

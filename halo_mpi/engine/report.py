@@ -69,6 +69,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "load_s": round(session.load_s, 3),
         "ledger": ledger.to_dict(),
         "predictor": _predictor(session) if relaxed else None,
+        "scheduler": session.scheduler,
         "devices": devices,
         "events": session.events,
     }

@@ -1,6 +1,6 @@
 """Start-up and end of a run, the same code on every rank.
 
-    compare versions -> open the model, compare digests -> (root: read the work) -> plan -> check memory -> load -> connect
+    compare versions -> open the model, compare digests -> (root: read the work) -> connect -> measure -> plan -> check memory -> load
 
 Every step is taken together: a failure on one rank ends all with one line from the root.
 """
@@ -15,23 +15,23 @@ import psutil
 import torch
 from mpi4py import MPI
 
-from halo_mpi.engine.agreement import require_equal, together
+from halo_mpi.engine.agreement import AgreedError, require_equal, together
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
-from halo_mpi.engine.predictor import Predictor, make_predictor, predictor_bytes
+from halo_mpi.engine.planning import plan_run
+from halo_mpi.engine.predictor import make_predictor, predictor_bytes
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Share, Trunk
+from halo_mpi.model.llama import Share
 from halo_mpi.model.loading import load_layer, load_trunk, share_bytes, trunk_bytes
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.progress import progress
 from halo_mpi.schedule.memory import Need, available_bytes, check_memory
-from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
 from halo_mpi.wire.mailbox import Mailbox
@@ -51,6 +51,7 @@ class Session:
         self.comm, self.host, self.machine = comm, socket.gethostname(), this_machine()
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
+        self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
         sharpen_timers()
@@ -69,49 +70,55 @@ class Session:
         return together(self.comm, step, self.run.verbose)
 
     def load(self, context: int | None) -> None:
-        """Plan, check memory, load this rank's share and connect (collective); `context`: the root's longest text."""
+        """Connect, plan, check memory and load this rank's share (collective); `context`: the root's longest text."""
         begin = time.perf_counter()
-        disk = {table: sorted(self.store.entries(table)) for table in ("query", "ffn")}
-        disks = gather(self.comm, disk)
-        plan = self.on_root(
-            lambda: make_plan(
-                self.config,
-                self.run.placement,
-                [{k: set(v) for k, v in d.items()} for d in disks],
-                self.store.meta.get("calibration"),
+        self.context = broadcast(self.comm, context)
+        self.connect()
+        try:
+            self.plan = plan_run(self)
+            self._check_memory()
+            self.share, trunk = self._together(self._read_weights)
+            predictor = self.on_root(
+                lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self.uses_calibration)
             )
-        )
-        shared = broadcast(self.comm, {"plan": plan.to_dict(), "context": context} if plan else None)
-        self.plan, self.context = Plan.from_dict(shared["plan"]), shared["context"]
-        self._check_memory()
-        self.share, trunk = self._together(self._read_weights)
-        predictor = self.on_root(
-            lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self._uses_calibration)
-        )
+        except AgreedError:
+            self._mailbox.close()
+            raise
         self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
         self.load_s = time.perf_counter() - begin
         self.event("weights loaded")
-        self._connect(trunk, predictor)
+        self.root = self.worker = None
+        if self.is_root:
+            self.root = Root(
+                self.config,
+                trunk,
+                self.share,
+                self.plan,
+                self.link,
+                self.marks,
+                self.run.sync,
+                self.context,
+                self.event,
+                predictor,
+            )
+            self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
+        else:
+            self.worker = Worker(self.link, self.share, self.marks, even_shares(self.plan, self.comm.rank, self.comm.size))
 
-    def _connect(self, trunk: Trunk | None, predictor: Predictor | None) -> None:
+    def connect(self) -> None:
+        """Open and tune the connections between the root and the workers (collective)."""
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
         copies = comm.Dup() if sync.copies and self.ranks_on_host < comm.size else None
         peers = workers if self.is_root else [ROOT]
-        mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
-        self.root = self.worker = None
+        mailbox = self._mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         if self.is_root:
-            link = self.link = RootLink(
+            self.link = RootLink(
                 mailbox, workers, sync.kick_ms / 1e3, None if sync.deadline_ms is None else sync.deadline_ms / 1e3
             )
-            self.root = Root(
-                self.config, trunk, self.share, self.plan, link, self.marks, sync, self.context, self.event, predictor
-            )
-            self.monitor = Monitor(self.hosts, link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
-            link = self.link = WorkerLink(mailbox)
-            self.worker = Worker(link, self.share, self.marks, even_shares(self.plan, comm.rank, comm.size))
-            link.greet()
+            self.link = WorkerLink(mailbox)
+            self.link.greet()
         addresses = [set(each) for each in broadcast(comm, gather(comm, own_addresses()))]
         self.copies = bool(copies) and self._has_two_lines(addresses, peers)
         if not self.copies:
@@ -119,8 +126,19 @@ class Session:
         others = set().union(*addresses) - addresses[comm.rank]
         self.tuned_sockets = self._tune_sockets(others) if sync.tune_sockets else False
 
+    def disconnect(self) -> None:
+        """End without having computed anything (collective)."""
+        if self.is_root:
+            self.link.stop()
+        else:
+            while not self.link.stopped:
+                self.link.next()
+                self.link.wait()
+            self.link.close()
+        self.store.close()
+
     @property
-    def _uses_calibration(self) -> bool:
+    def uses_calibration(self) -> bool:
         return self.run.sync.calibration and self.run.sync.mode == "relaxed"
 
     def _has_two_lines(self, addresses: list[set[str]], peers: list[int]) -> bool:
@@ -197,7 +215,7 @@ class Session:
         weights += trunk_bytes(self.config) if self.is_root else 0
         if self.is_root and self.run.sync.mode == "relaxed":
             cache += history_bytes(self.config.layers, self.context, self.config.hidden)
-            weights += predictor_bytes(self.store, self.config, self.plan, self._uses_calibration)
+            weights += predictor_bytes(self.store, self.config, self.plan, self.uses_calibration)
         mine = Need(
             self.comm.rank,
             self.host,

@@ -1,5 +1,6 @@
 """Whether the memory of every host holds what its ranks need, found out before anything is loaded."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import psutil
 from halo_mpi.errors import MemoryBudgetError
 
 BASE_BYTES = 320 * 2**20  # interpreter, torch and MPI of one rank: 284 to 324 MB (rss_bytes - weights_bytes in reports)
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int | None:
+    """A number of bytes, as in 800M, 1.5G or 2GiB; None if it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    return int(float(match[1]) * _UNITS[match[2].upper()]) if match else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import numpy as np
 from halo_mpi.errors import InputError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import owners, split_evenly
+from halo_mpi.schedule.advice import Advice
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Plan:
         """The FFN groups of a rank in each layer, ascending."""
         return [np.flatnonzero(owner == rank).tolist() for owner in self.ffn]
 
+    def counts(self, ranks: int) -> tuple[list[int], list[int]]:
+        """How many heads and groups each rank has, of the first layer."""
+        heads, groups = (np.bincount(table[0], minlength=ranks).tolist() for table in (self.query, self.ffn))
+        return heads, groups
+
     def to_dict(self) -> dict:
         return {"name": self.name, "query": self.query.tolist(), "ffn": self.ffn.tolist()}
 
@@ -35,23 +41,30 @@ class Plan:
         return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]))
 
 
-def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None) -> Plan:
+def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None,
+              advice: Advice | None = None) -> Plan:  # fmt: skip
     """The plan that `--placement` asks for; `available` tells which heads ("query") and groups ("ffn") each rank's disk holds.
 
     even: the same number everywhere, up to one; of sorted groups some of the better and some of the worse. root-attention: all
     heads on rank 0. FILE: JSON with "heads" and "groups", counts per rank; or with "tiers", lists of ranks from the most stable to
-    the least, for a calibrated model (`calibration`: what was found, from its metadata). auto: even; of a calibrated model
-    tiers, rank 0, which is never late, before all others.
+    the least, for a calibrated model (`calibration`: what was found, from its metadata). importance: even; of a calibrated model in tiers,
+    rank 0, which is never late, before all others. auto: as `advice` has it, with a tier of what is unstable.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
     ranks, fixed = len(available), False
     heads, groups = split_evenly(config.heads, ranks), split_evenly(config.groups, ranks)
-    tiers = [[0], list(range(1, ranks))] if placement == "auto" and calibration and ranks > 1 else None
+    tiers = None
+    if placement in ("auto", "importance") and calibration and ranks > 1:
+        unstable = list(advice.unstable) if advice else []
+        tiers = [tier for tier in ([0], [rank for rank in range(1, ranks) if rank not in unstable], unstable) if tier]
+    measured = advice is not None and advice.chosen == "measured"
     name = placement
-    if placement == "root-attention":
+    if measured:
+        name, heads, groups = "measured", list(advice.shares.heads), list(advice.shares.groups)
+    elif placement == "root-attention":
         heads = [config.heads] + [0] * (ranks - 1)
-    elif placement in ("auto", "even"):
+    elif placement in ("auto", "importance", "even"):
         name = "importance" if tiers else "even"
     else:
         wanted = read_placement(Path(placement), config, ranks)
@@ -65,7 +78,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
         ffn = np.array(_back_and_forth(groups, [list(range(ranks))]))
         query = np.tile(owners(heads), (config.layers, 1))
     elif tiers:
-        if not fixed:
+        if not fixed and not measured:
             heads, groups = (_largest_first(shares, tiers) for shares in (heads, groups))
         query, ffn = by_importance(config, heads, groups, tiers, calibration["heads"]["importance"])
     else:
@@ -140,7 +153,7 @@ FORM = '{"heads": [count per rank], "groups": [count per rank]}, {"tiers": [[ran
 def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
     """A placement file: "heads" and "groups", or "tiers", or all three. Raises UsageError or InputError that names what is wrong."""
     if not path.exists():
-        raise UsageError(f"--placement {path}: neither auto, even, root-attention nor an existing file")
+        raise UsageError(f"--placement {path}: neither auto, even, importance, root-attention nor an existing file")
     expected = {"heads": config.heads, "groups": config.groups}
     try:
         wanted = json.loads(path.read_text())

@@ -20,7 +20,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("lag", "<u2"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1")]
 )  # fmt: skip
-PROTOCOL = 3  # ranks with another number refuse to work together
+PROTOCOL = 4  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BLOCK = 32  # values that share a scale in q8

@@ -14,6 +14,7 @@ from halo_mpi.wire.polling import Waiter
 KICKS_BEFORE_BACKOFF = 4
 KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
+ECHO_PATIENCE_S = 0.02  # before an echo is kicked
 
 
 @dataclass(slots=True)
@@ -71,6 +72,23 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
+    def echo(self, x: np.ndarray, workers: list[int]) -> list[float]:
+        """Send x, f32 [1, width], to these workers at once, to be sent back; after how many seconds each answer was there."""
+        begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
+        seq = self.ask(Kind.PING, 0, 0, x, workers)
+        waited_for = set(workers)
+        while waited_for:
+            for answer in self.poll():
+                if answer.seq == seq:
+                    came[answer.rank] = self.waiter.now() - begin
+                    waited_for.discard(answer.rank)
+            if self.waiter.now() - begin > ECHO_PATIENCE_S:
+                for rank in waited_for:
+                    self.kick(rank)
+            if waited_for:
+                self.waiter.wait()
+        return list(came.values())
+
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
             lag: int = 0) -> int:  # fmt: skip
         """Start sending x, f32 [rows, width], to the workers; returns the request's seq."""
@@ -113,7 +131,7 @@ class RootLink:
                         f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
                 asked = peer.asked_at.pop(seq)
-                if header["rows"] == 1:
+                if header["rows"] == 1 and kind != Kind.PING:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
                 yield Answer(rank, seq, message.read().copy() if header["rows"] else np.empty((0, 0), np.float32))

@@ -40,9 +40,10 @@ class WorkerLink:
         """The root said stop, and everything before it is done."""
         return self._stopped and not self._queue
 
-    def greet(self) -> None:
-        """Answer the pings with which the root begins."""
-        while self._pings < PINGS:
+    def greet(self, pings: int = PINGS) -> None:
+        """Answer so many pings; those with which the root begins, if nothing else is said."""
+        until = self._pings + pings
+        while self._pings < until:
             self.next()
             self._waiter.wait()
 
@@ -85,7 +86,7 @@ class WorkerLink:
         if kind == Kind.STOP:
             self._stopped = True
         elif kind == Kind.PING:
-            self._mailbox.post([ROOT], Kind.PING, seq)
+            self._mailbox.post([ROOT], Kind.PING, seq, x=message.read() if header["rows"] else None)
             self._pings += 1
         elif kind == Kind.KICK:
             self._mailbox.post([ROOT], Kind.KICK, self._done)

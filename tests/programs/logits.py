@@ -16,6 +16,7 @@ import numpy as np
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.session import Session
+from tests.mpi import EVEN
 
 JOBS = json.loads(Path(sys.argv[1]).read_text())
 
@@ -37,4 +38,4 @@ def logits(comm, run: RunOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_distributed(logits, ["--model", ".", "--wire", "f32", *sys.argv[2:]])
+    run_distributed(logits, ["--model", ".", "--wire", "f32", *EVEN, *sys.argv[2:]])

@@ -1,0 +1,85 @@
+"""`python -m halo_mpi.plan`: who would compute what, why, and how long a token would take; under mpirun, or for a file of devices."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from halo_mpi.cli import is_local, run_local
+from halo_mpi.engine.launch import run_distributed
+from halo_mpi.engine.options import Size, default_run
+from halo_mpi.errors import UsageError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.shapes import SHAPES
+from halo_mpi.schedule.devices import read_devices
+from halo_mpi.schedule.shown import as_json, print_plan
+
+EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo"
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--model", type=click.Path(path_type=Path), help="Folder made by `halo-mpi convert`.")
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="A known model's shape instead, whose weights are not needed.")
+@click.option("--devices", "file", type=click.Path(path_type=Path),
+              help="Plan for the devices of this JSON file, without MPI. Default: those that this runs on are measured.")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the KV cache must hold.")
+@click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free.")
+@click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS", help="Threads of each rank. Default: as generate's.")
+@click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
+@click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@click.pass_obj
+def plan(comm, model: Path | None, shape: str | None, file: Path | None, context: int, memory: int | None, threads: int | None,
+         wanted: bool, verbose: bool) -> None:  # fmt: skip
+    """Show who would compute what, why, and the time per token that strict mode would take.
+
+    The devices are measured in about a second, or read from a file: {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"}, {"name":
+    "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "loss": 0.02}]}, the root first; speed in GB/s of weights that a
+    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction.
+    """
+    from halo_mpi.schedule.advice import advise
+    from halo_mpi.schedule.shares import Work
+
+    def check() -> None:
+        if (model is None) == (shape is None):
+            raise UsageError("give either --model DIR or --shape NAME")
+        if shape and not file:
+            raise UsageError("--shape needs --devices FILE: what is measured are devices that have the model")
+        if file and memory:
+            raise UsageError("--memory is for devices that are measured; in the file, each has its own")
+
+    if file:
+        check()
+        config = SHAPES[shape] if shape else _config_of(model)
+        context = min(context, config.context)
+        cluster, work = read_devices(file, config, context), Work.of(config, context)
+        advice = advise(cluster, work, calibrated=False)
+    else:
+        from halo_mpi.engine.agreement import together
+        from halo_mpi.engine.planning import measure
+        from halo_mpi.engine.session import Session
+
+        together(comm, check, verbose)
+        session = Session(comm, default_run(model, memory, threads, verbose))
+        session.connect()
+        cluster = measure(session)
+        session.disconnect()
+        config = session.config
+        work = Work.of(config, min(context, config.context))
+        advice = session.on_root(lambda: advise(cluster, work, bool(session.store.meta.get("calibration"))))
+        if not session.is_root:
+            return
+    if wanted:
+        click.echo(json.dumps(as_json(config, cluster, work, advice)))
+    else:
+        print_plan(config, cluster, work, advice)
+
+
+def _config_of(model: Path) -> ModelConfig:
+    from halo_mpi.store.reader import ModelStore
+
+    return ModelConfig.from_dict(ModelStore(model).meta["config"])
+
+
+if __name__ == "__main__":
+    (run_local if is_local("plan", sys.argv[1:]) else run_distributed)(plan)

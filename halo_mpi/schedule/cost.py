@@ -1,0 +1,102 @@
+"""What a token takes on devices that differ, in strict mode: a model of the token loop.
+
+token = layers x (sync of attention + sync of FFN) + head
+sync  = the longest of the shares + what further workers cost the root + expected waiting for lost packets
+share = link (workers only) + fixed + part of the layer x what all of it would take on this device
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halo_mpi.wire.messages import Kind
+
+KINDS = (Kind.ATTENTION, Kind.FFN)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A rank as the scheduler sees it; rank 0 has no link. Times in ms, memory in bytes.
+
+    `attention_ms`, `ffn_ms`: what all heads or all groups of one layer would take here, the cache of a usual context included.
+    """
+
+    name: str
+    attention_ms: float
+    ffn_ms: float
+    fixed_ms: float = 0.0  # of every request, whatever the share
+    link_ms: float = 0.0  # a request with nothing to compute and its answer
+    late_rate: float = 0.0  # of its answers: a packet was lost and had to be repaired
+    late_ms: float = 0.0  # which then takes so much longer
+    memory: int | None = None  # for weights and KV cache; None: enough
+    disk_heads: int | None = None  # of a layer, in the shards on its disk; None: all
+    disk_groups: int | None = None
+
+    def whole_ms(self, kind: Kind) -> float:
+        return self.attention_ms if kind == Kind.ATTENTION else self.ffn_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The devices by rank, and what only the root does, in ms."""
+
+    devices: Sequence[Device]
+    further_ms: float = 0.0  # what each worker beyond the first adds to a sync
+    head_ms: float = 0.0  # of the vocabulary, once per token
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Parts of one sync's time, in ms, and the rank that it waits for."""
+
+    longest_ms: float
+    further_ms: float
+    stall_ms: float
+    longest: int
+
+    @property
+    def ms(self) -> float:
+        return self.longest_ms + self.further_ms + self.stall_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a token, by its syncs."""
+
+    layers: int
+    attention: Sync
+    ffn: Sync
+    head_ms: float
+
+    @property
+    def tpot_ms(self) -> float:
+        return self.layers * (self.attention.ms + self.ffn.ms) + self.head_ms
+
+
+def share_ms(device: Device, kind: Kind, part: float, is_root: bool) -> float:
+    """When a device's answer is there, after the sync began, if no packet is lost; `part` of the layer is its own."""
+    if not part:
+        return 0.0
+    return (0.0 if is_root else device.link_ms) + device.fixed_ms + part * device.whole_ms(kind)
+
+
+def sync_cost(cluster: Cluster, kind: Kind, parts: Sequence[float]) -> Sync:
+    """One sync in which rank r does `parts[r]` of the layer's work."""
+    times = [share_ms(device, kind, part, rank == 0) for rank, (device, part) in enumerate(zip(cluster.devices, parts))]
+    workers = [rank for rank in range(1, len(times)) if parts[rank]]
+    longest = max(range(len(times)), key=times.__getitem__)
+    return Sync(times[longest], cluster.further_ms * max(0, len(workers) - 1), _stall_ms(cluster.devices, workers), longest)
+
+
+def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequence[int]) -> Cost:
+    """The cost of shares given as counts of heads and of groups by rank, the same in every layer."""
+    parts = [[count / sum(counts) for count in counts] for counts in (heads, groups)]
+    return Cost(layers, *(sync_cost(cluster, kind, own) for kind, own in zip(KINDS, parts)), cluster.head_ms)
+
+
+def _stall_ms(devices: Sequence[Device], workers: list[int]) -> float:
+    """Expected time that the slowest repair takes, if each worker's answer is late independently of the others'."""
+    expected, none_so_far = 0.0, 1.0
+    for device in sorted((devices[rank] for rank in workers), key=lambda device: -device.late_ms):
+        expected += none_so_far * device.late_rate * device.late_ms
+        none_so_far *= 1 - device.late_rate
+    return expected

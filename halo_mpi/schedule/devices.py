@@ -1,0 +1,124 @@
+"""A file that describes devices, to plan for them where they are not.
+
+    {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"},
+                 {"name": "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "mbit": 100, "loss": 0.02}],
+     "further_ms": 0.05}
+
+The first device is the root. `speed`: GB/s at which it multiplies a matrix by a vector; or `attention_ms` and `ffn_ms`, and the other
+names of a Device, as `halo-mpi plan --json` prints them. `mbit`: a message's own time is added to `link_ms`; the root's, which sends
+every message twice, to what further workers cost. `loss`: of packets, per direction, in place of `late_rate` and `late_ms`.
+"""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+from halo_mpi.errors import InputError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.schedule.cost import Cluster, Device
+from halo_mpi.schedule.memory import parse_size
+
+REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest timeout where sockets are tuned
+PACKET_BYTES = 1448
+HEADER_BYTES = 16
+COPIES = 2
+KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
+PRINTED = {"model", "chosen", "unstable", "options"}  # what `plan --json` says beside the devices
+EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"))
+MOST_DEVICES = 4096
+MOST = 1e9  # of any number here
+
+
+def read_devices(path: Path, config: ModelConfig, context: int) -> Cluster:
+    """The cluster that a file describes; `context`: tokens, of which half are in the cache at a usual token.
+
+    Raises InputError that names what is wrong.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON file ({' '.join(str(error).split())[:80]})") from error
+    entries = content.get("devices") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries or set(content) - {"devices", "further_ms", "head_ms"} - PRINTED:
+        raise InputError(f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "further_ms" and "head_ms"')
+    if content.get("model", config.name) != config.name:
+        raise InputError(f"{path} has the times of {content['model']}, not of {config.name}; plan for that, or give speeds")
+    devices: list[Device] = []
+    for number, entry in enumerate(entries):
+        where = f"{path}, device {number}"
+        count = _checked(entry, where)
+        if len(devices) + count > MOST_DEVICES:
+            raise InputError(f"{path}: more than {MOST_DEVICES} devices")
+        devices += [_device(entry, config, context, where)] * count
+    vocabulary_ms = devices[0].ffn_ms * config.vocabulary / (3 * config.ffn)
+    further_ms = _number(content, "further_ms", str(path)) + COPIES * _message_ms(entries[0], config, f"{path}, device 0")
+    return Cluster(devices, further_ms, _number(content, "head_ms", str(path), vocabulary_ms))
+
+
+def _checked(entry: object, where: str) -> int:
+    """How many devices of this kind."""
+    if not isinstance(entry, dict) or set(entry) - KNOWN:
+        unknown = sorted(set(entry) - KNOWN) if isinstance(entry, dict) else entry
+        raise InputError(f"{where}: {unknown} is unknown; there are {', '.join(sorted(KNOWN))}")
+    for one, other in EITHER:
+        if one in entry and other in entry:
+            raise InputError(f"{where}: give either {one} or {other}")
+    count = entry.get("count", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_DEVICES:
+        raise InputError(f"{where}: count {str(count)[:20]} is not a number from 1 to {MOST_DEVICES}")
+    return count
+
+
+def _device(entry: dict, config: ModelConfig, context: int, where: str) -> Device:
+    known = {name: _number(entry, name, where) for name in ("fixed_ms", "link_ms", "late_ms")}
+    known["late_rate"] = _number(entry, "late_rate", where, most=1)
+    if "speed" in entry:
+        speed = _number(entry, "speed", where, least=1e-6)
+        whole = {name: size / speed / 1e6 for name, size in zip(("attention_ms", "ffn_ms"), _layer_bytes(config, context))}
+    elif {"attention_ms", "ffn_ms"} <= set(entry):
+        whole = {name: _number(entry, name, where, least=1e-6) for name in ("attention_ms", "ffn_ms")}
+    else:
+        raise InputError(f"{where} needs a speed, or attention_ms and ffn_ms")
+    known["link_ms"] += 2 * _message_ms(entry, config, where)
+    if "loss" in entry:
+        known |= {"late_rate": _late_rate(_number(entry, "loss", where, most=1), config), "late_ms": REPAIR_MS}
+    memory = None if entry.get("memory") is None else parse_size(str(entry["memory"])[:20])
+    if entry.get("memory") is not None and memory is None:
+        raise InputError(f"{where}: memory {str(entry['memory'])[:20]!r} is not a size; write for example 800M or 1.5G")
+    for name in ("disk_heads", "disk_groups"):
+        known[name] = None if entry.get(name) is None else int(_number(entry, name, where))
+    return Device(str(entry.get("name", "device")), **whole, **known, memory=memory)
+
+
+def _layer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
+    """Bytes that one layer's attention (with half a context of K and V) and FFN read, f32."""
+    kv = 2 * config.kv_heads * config.head_dim
+    attention = config.hidden * (2 * config.heads * config.head_dim + kv) + kv * context // 2
+    return 4 * attention, 4 * 3 * config.hidden * config.ffn
+
+
+def _late_rate(loss: float, config: ModelConfig) -> float:
+    """How often a request or its answer, each sent twice in f16, loses a packet of both copies."""
+    packets = math.ceil(_message_bytes(config) / PACKET_BYTES)
+    copy_lost = 1 - (1 - loss) ** packets
+    return 1 - (1 - copy_lost**COPIES) ** 2
+
+
+def _message_bytes(config: ModelConfig) -> int:
+    """A request of one token, or its answer, in f16."""
+    return 2 * config.hidden + HEADER_BYTES
+
+
+def _message_ms(entry: dict, config: ModelConfig, where: str) -> float:
+    mbit = _number(entry, "mbit", where)
+    return 8 * _message_bytes(config) / (mbit * 1e3) if mbit else 0.0
+
+
+def _number(entry: dict, name: str, where: str, default: float = 0.0, least: float = 0.0, most: float = MOST) -> float:
+    value = entry.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # nan is not
+        raise InputError(f"{where}: {name} {str(value)[:20]!r} is not a number from {least:g} to {most:g}")
+    return float(value)

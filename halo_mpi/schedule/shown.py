@@ -1,0 +1,136 @@
+"""A plan for people, and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.schedule.advice import WORTH, Advice
+from halo_mpi.schedule.cost import KINDS, Cluster, Cost, share_ms
+from halo_mpi.schedule.shares import Shares, Work
+
+NAMES = {
+    "even": "even shares",
+    "measured": "the best shares found",
+    "root-attention": "all heads on the root, groups even",
+    "root alone": "everything on the root",
+}
+MOST_ROWS = 40  # of devices; of more the JSON has all
+MOST_NAMED = 10
+NAME_WIDTH = 14
+
+
+def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -> dict:
+    """The devices as measured, which `--devices` reads again, and the shares by name with their cost."""
+    return {
+        "model": config.name,
+        "devices": [asdict(device) for device in cluster.devices],
+        "further_ms": cluster.further_ms,
+        "head_ms": cluster.head_ms,
+        "chosen": advice.chosen,
+        "unstable": list(advice.unstable),
+        "options": {name: _option(shares, work) for name, shares in advice.options.items()},
+    }
+
+
+def _option(shares: Shares, work: Work) -> dict:
+    cost = shares.cost
+    return {
+        "heads": list(shares.heads),
+        "groups": list(shares.groups),
+        "bytes": [_held(work, rank, shares) for rank in range(len(shares.heads))],
+        "tpot_ms": cost.tpot_ms,
+        "attention_ms": asdict(cost.attention),
+        "ffn_ms": asdict(cost.ffn),
+        "head_ms": cost.head_ms,
+    }
+
+
+def _held(work: Work, rank: int, shares: Shares) -> int:
+    return work.bytes_of(shares.heads[rank], shares.groups[rank]) + (work.root_bytes if rank == 0 else 0)
+
+
+def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -> None:
+    """The chosen shares by device, the time of a token and its parts, and what else was considered."""
+    console, shares = Console(highlight=False), advice.shares
+    console.print(_devices(config, cluster, work, shares))
+    for line in _parts(shares.cost, cluster):
+        console.print(line, markup=False)
+    console.print(_options(advice))
+    for line in _reasons(cluster, work, shares, advice):
+        console.print(line, markup=False)
+
+
+def _devices(config: ModelConfig, cluster: Cluster, work: Work, shares: Shares) -> Table:
+    table = Table(title=escape(f"{config.name}: {config.layers} layers of {config.heads} heads and {config.groups} groups"))
+    for column in ("rank", "device", "heads", "groups", "memory\nMiB", "of\nMiB", "link\nms", "late", "attn.\nms", "FFN\nms"):
+        if column == "device":
+            table.add_column(column, no_wrap=True, max_width=NAME_WIDTH)
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    for rank, device in enumerate(cluster.devices[:MOST_ROWS]):
+        heads, groups = shares.heads[rank], shares.groups[rank]
+        times = (
+            share_ms(device, kind, own / whole, rank == 0)
+            for kind, own, whole in zip(KINDS, (heads, groups), (work.heads, work.groups))
+        )
+        memory = "-" if device.memory is None else f"{device.memory / 2**20:.0f}"
+        held = f"{_held(work, rank, shares) / 2**20:.0f}"
+        table.add_row(str(rank), escape(device.name), str(heads), str(groups), held, memory, f"{device.link_ms:.2f}",
+                      f"{device.late_rate:.1%}", *(f"{ms:.2f}" if ms else "-" for ms in times))  # fmt: skip
+    return table
+
+
+def _parts(cost: Cost, cluster: Cluster) -> list[str]:
+    lines = [f"A token takes {cost.tpot_ms:.1f} ms (predicted, strict mode):"]
+    for name, sync in (("attention", cost.attention), ("FFN", cost.ffn)):
+        lines.append(
+            f"  {cost.layers} x {sync.ms:.2f} ms {name}: {sync.longest_ms:.2f} the longest share (rank {sync.longest}, "
+            f"{cluster.devices[sync.longest].name}), {sync.further_ms:.2f} further workers, {sync.stall_ms:.2f} lost packets"
+        )
+    return [*lines, f"  {cost.head_ms:.2f} ms vocabulary, on the root"]
+
+
+def _options(advice: Advice) -> Table:
+    table = Table(title="considered")
+    for column in ("shares", "ms per token", ""):
+        table.add_column(column, justify="right" if column == "ms per token" else "left")
+    for name, words in NAMES.items():
+        shares = advice.options.get(name)
+        cost = f"{shares.cost.tpot_ms:.1f}" if shares else "memory or shards are lacking"
+        table.add_row(words, cost, "chosen" if name == advice.chosen else "")
+    return table
+
+
+def _reasons(cluster: Cluster, work: Work, shares: Shares, advice: Advice) -> list[str]:
+    even, best, ranks = advice.options.get("even"), advice.options["measured"], len(cluster.devices)
+    if even is None:
+        lines = ["Even shares do not fit: some device has too little memory, or too few shards."]
+    elif advice.chosen == "even":
+        gain = 1 - best.cost.tpot_ms / even.cost.tpot_ms
+        lines = [f"Shares stay even: the best ones found would be {gain:.0%} faster, and {WORTH:.0%} would be worth it."]
+    else:
+        lines = [f"The best shares found are {1 - best.cost.tpot_ms / even.cost.tpot_ms:.0%} faster than even ones."]
+    idle = [rank for rank in range(ranks) if not shares.heads[rank] and not shares.groups[rank]]
+    full = [rank for rank in idle if (memory := cluster.devices[rank].memory) is not None and memory < work.bytes_of(0, 1)]
+    if idle and advice.chosen == "even":
+        lines.append(f"Nothing to do for {_named(idle)}: there are only {work.heads} heads and {work.groups} groups.")
+    elif idle:
+        lines.append(
+            f"Nothing to do for {_named(idle)}: with a part there a token would take longer, or there is no room for it."
+        )
+    if full:
+        lines.append(f"No room for a single group on {_named(full)}.")
+    if advice.unstable:
+        lines.append(f"What matters least goes to {_named(advice.unstable)}, from where answers are late more often.")
+    if ranks > MOST_ROWS:
+        lines.append(f"The table has the first {MOST_ROWS} of {ranks} devices; --json has all.")
+    return lines
+
+
+def _named(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"rank {', '.join(map(str, ranks[:MOST_NAMED]))}{more}"
