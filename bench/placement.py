@@ -37,7 +37,7 @@ def ideal_ms(scheduler: dict, layers: int) -> float:
         for count in range(1, len(before) + 1):
             speed = sum(1 / whole for _, whole in before[:count])
             ms = (1 + sum(start / whole for start, whole in before[:count])) / speed
-            equal.append(ms + scheduler["further_ms"] * max(0, count - 2))
+            equal.append(ms + (scheduler["sync_ms"] + scheduler["further_ms"] * (count - 2) if count > 1 else 0.0))
         syncs += min(equal)
     return layers * syncs + scheduler["head_ms"]
 

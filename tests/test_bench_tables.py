@@ -79,7 +79,14 @@ def scheduled(name: str, tpot_ms: list[float], predicted_ms: float) -> dict:
         for whole, link in ((2.0, 0.0), (4.0, 1.0), (4.0, 99.0))
     ]
     options = {name: {"tpot_ms": ms, "groups": [8, 4, 0]} for name, ms in (("even", 99.0), ("measured", predicted_ms))}
-    run["report"]["scheduler"] = {"devices": devices, "further_ms": 0.0, "head_ms": 1.0, "chosen": "measured", "options": options}
+    run["report"]["scheduler"] = {
+        "devices": devices,
+        "sync_ms": 0.0,
+        "further_ms": 0.0,
+        "head_ms": 1.0,
+        "chosen": "measured",
+        "options": options,
+    }
     return run
 
 

@@ -50,7 +50,7 @@ def test_no_other_shares_are_much_faster(devices, memory, heads, groups, further
     if memory:
         whole = work.bytes_of(heads, groups) + work.root_bytes
         devices = [replace(device, memory=int(part * whole)) for device, part in zip(devices, memory)]
-    cluster, ranks = Cluster(devices, further_ms, 1.0), len(devices)
+    cluster, ranks = Cluster(devices, 0.2, further_ms, 1.0), len(devices)
     every = (counts for counts in product(splits(heads, ranks), splits(groups, ranks)) if fits(cluster, work, counts))
     best = min((with_cost(cluster, work, *counts).cost.tpot_ms for counts in every), default=None)
     try:
@@ -92,7 +92,7 @@ def test_disks_limit_the_shares():
 
 def test_the_one_fast_device_is_found_behind_the_slower_link():
     devices = [Device("pi", 40, 80), *[Device("slow", 400, 800, link_ms=0.4)] * 15, Device("fast", 4, 8, link_ms=0.5)]
-    shares = best_shares(Cluster(devices, 0.3), Work.of(SHAPES["llama-2-7b"], 512))
+    shares = best_shares(Cluster(devices, 0.0, 0.3), Work.of(SHAPES["llama-2-7b"], 512))
     assert shares.heads[16] > 25 and sum(1 for own in shares.groups if own) <= 2
 
 
@@ -125,10 +125,10 @@ def test_memory_is_counted_as_it_is_taken(counts):
 
 def test_a_sync_waits_for_the_longest_share_and_for_repairs():
     devices = [Device("root", 4, 4), Device("a", 8, 8, 0.5, 1.0, 0.1, 20), Device("b", 8, 8, 0.5, 2.0, 0.2, 10)]
-    sync = sync_cost(Cluster(devices, 0.25), Kind.FFN, [0.5, 0.25, 0.25])
+    sync = sync_cost(Cluster(devices, 0.5, 0.25), Kind.FFN, [0.5, 0.25, 0.25])
     assert sync.longest == 2 and sync.longest_ms == pytest.approx(2 + 0.5 + 2)
-    assert sync.further_ms == 0.25 and sync.stall_ms == pytest.approx(0.1 * 20 + 0.9 * 0.2 * 10)
-    cost = token_cost(Cluster(devices, 0.25, 7.0), 30, [9, 0, 0], [6, 3, 3])
+    assert sync.further_ms == 0.75 and sync.stall_ms == pytest.approx(0.1 * 20 + 0.9 * 0.2 * 10)
+    cost = token_cost(Cluster(devices, 0.5, 0.25, 7.0), 30, [9, 0, 0], [6, 3, 3])
     assert cost.tpot_ms == pytest.approx(30 * (4 + sync.ms) + 7)
 
 
@@ -244,7 +244,6 @@ def test_auto_measures_and_says_what_it_chose(tiny, tmp_path):
     (("--model", "gone.halo"), "gone.halo"),
     ((), "either --model DIR or --shape NAME"),
     (("--shape", "tinyllama"), "--shape needs --devices"),
-    (("--model", "M", "--devices", "F", "--memory", "1G"), "--memory is for devices that are measured"),
     (("--model", "M", "--memory", "1K"), "the root's memory, 0 MiB, does not hold"),
 ])  # fmt: skip
 def test_a_wrong_plan_is_one_line_and_code_2(tiny, options, part):

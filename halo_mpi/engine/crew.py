@@ -3,8 +3,9 @@
 present --> suspect    missed a deadline and was not heard since; any message clears it
         --> behind     silent for `outage_s`, and the run's quality allows to do without it: still asked, not waited for;
                        once heard again, present at the next attention
-any     --> away       `CREDIT` syncs ago was the last request that it has done, or the root had to wait for it most of the time, and the
-                       run's quality allows to do without it: not asked any more
+any     --> away       `CREDIT` syncs ago was the last request that it has done, or it holds everybody up (answers take it `FAR` times as
+                       long as the others, or the root lately waited for it too long), and the run's quality allows to do without it: not
+                       asked any more
 away    --> present    heard again, and sent every attention input that it missed; not before `PAUSE_S` if it was too slow, and twice as
                        long the next time
 """
@@ -23,6 +24,7 @@ from halo_mpi.wire.root_link import RootLink
 
 CREDIT = 128  # syncs
 MEMORY_S = 1.0  # of how long the root waited for whom
+FAR, FAR_S = 5.0, 5e-3  # times the others' latency, and so much on top; with 30 % loss on its link a worker takes 22 ms, others 3
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -89,9 +91,19 @@ class Crew:
         """The root waited so long for these; those of them for whom it lately waited longer than an outage may last."""
         return {rank for rank in workers if self._patience[rank].wait(seconds, now) > self._outage_s}
 
+    def far_behind(self) -> set[int]:
+        """Workers whose answers usually take many times as long as most others'; a device at a quarter of the speed is none."""
+        usual = {rank: peer.deadline.usual_s for rank, peer in self._link.peers.items() if peer.deadline.usual_s}
+        if len(usual) < 3:
+            return set()
+        others = sorted(usual.values())[(len(usual) - 1) // 2]
+        limit = max(FAR * others, others + FAR_S)
+        return {rank for rank, usual_s in usual.items() if usual_s > limit}
+
     def pause(self, rank: int) -> None:
         """The worker, whom the root does without, is too slow to be asked."""
         self._patience[rank].end(self._link.waiter.now())
+        self._link.forget_latency(rank)
         self.stop_asking(rank, "holds everybody up")
 
     def done_without(self) -> set[int]:

@@ -58,6 +58,10 @@ class OpenSums:
         """Whether this share of the present sync may be inexact too, while so much of it and all later ones will be."""
         return self._max_lag > 0 and self._inexact + share + rest <= self._budget
 
+    def affords_always(self, whole: float) -> bool:
+        """Whether so much may be inexact in every token."""
+        return self._max_lag > 0 and whole <= self._budget
+
     def open(self, entry: OpenSum, share: float) -> None:
         """The estimate goes in for now."""
         self._inexact += share

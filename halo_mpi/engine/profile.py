@@ -4,6 +4,7 @@ All ranks compute, and then talk, as they do in the token loop, with made-up wei
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ SAMPLE_BYTES = 16 * 2**20  # about; a Pi's caches have 2 MiB
 SAMPLE_CONTEXT = 256  # tokens in the KV cache
 LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however noisy the machine
 HEAD_TIMES = 7
-ALONE, TOGETHER = 6, 32  # echoes of each link, and rounds of all links at once
+ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
 LATE, LATE_MS = 2.0, 2.0  # times the usual latency, and so much on top
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
@@ -36,56 +37,71 @@ def measure_cluster(
 ) -> Cluster | None:
     """The devices by rank, on the root (collective). `about`: the fields of this rank's Device that are known."""
     comm.Barrier()  # all begin together, and slow one another down as they will later
-    mine = together(comm, lambda: _computing(config, comm.size, marks))
+    computing = together(comm, lambda: Computing(config, comm.size, marks))
     head_ms = _head_ms(config) if comm.rank == 0 else 0.0
-    devices = gather(comm, {**about, **mine})
+    devices = gather(comm, {**about, **computing.found})
+    trials = gather(comm, computing.trial_ms)
     if comm.rank:
         link.greet(ALONE + TOGETHER)
+        link.greet(BUSY, computing.work)
         return None
+    if not link.workers:
+        return Cluster([Device(**devices[0])], head_ms=head_ms)
     links, further_ms = _links(link, config.hidden)
-    return Cluster([Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)], further_ms, head_ms)
+    sync_ms = _busy_ms(link, config.hidden, computing.work, trials, links) - further_ms * (len(links) - 1)
+    found = [Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)]
+    return Cluster(found, max(0.0, sync_ms), further_ms, head_ms)
 
 
-def _computing(config: ModelConfig, ranks: int, marks: Marks) -> dict[str, float]:
-    """`attention_ms`, `ffn_ms` and `fixed_ms` of a Device."""
-    x = torch.full((1, config.hidden), 0.5)
-    head_bytes, group_bytes = 16 * config.hidden * config.head_dim, 12 * config.hidden * config.group_size
-    attention = _line(
-        lambda heads: _sample(config, heads, 0),
-        lambda share, layer: share.attention(layer, x, SAMPLE_CONTEXT - 1),
-        config.heads, head_bytes, ranks, marks,
-    )  # fmt: skip
-    ffn = _line(
-        lambda groups: _sample(config, 0, groups), lambda share, layer: share.ffn(layer, x), config.groups, group_bytes, ranks, marks
-    )  # fmt: skip
-    fixed = [each[1] for each in (attention, ffn) if each[1] is not None]
-    return {"attention_ms": attention[0], "ffn_ms": ffn[0], "fixed_ms": float(np.mean(fixed)) if fixed else 0.0}
+class Computing:
+    """What attention and FFN take on this rank. `found`: fields of its Device; `trial_ms`: an even share's times, both of them."""
 
+    def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
+        x = torch.full((1, config.hidden), 0.5)
+        self._marks, self._ranks, self._calls = marks, ranks, 0
+        kinds = (
+            ("attention_ms", config.heads, 16 * config.hidden * config.head_dim, lambda heads: _sample(config, heads, 0),
+             lambda share, layer: share.attention(layer, x, SAMPLE_CONTEXT - 1)),
+            ("ffn_ms", config.groups, 12 * config.hidden * config.group_size, lambda groups: _sample(config, 0, groups),
+             lambda share, layer: share.ffn(layer, x)),
+        )  # fmt: skip
+        self.found, self.trial_ms, self._trials, fixed = {}, [], [], []
+        for name, count, unit_bytes, sample, product in kinds:
+            most = max(1, min(split_evenly(count, ranks)[-1], SAMPLE_BYTES // unit_bytes))
+            sizes = [most, most // 2] if most > 1 else [most]
+            trials = [(sample(size), product, size * ranks / count) for size in sizes]
+            times = self._usual_ms(trials)
+            whole = slope = times[0] * count / most
+            if len(sizes) > 1:
+                slope = (times[0] - times[1]) * count / (sizes[0] - sizes[1])
+                slope = min(max(slope, LEAST_SLOPE * whole), whole)
+                fixed.append(times[0] - slope * most / count)
+            self.found[name] = slope
+            self.trial_ms.append(times[0])
+            self._trials.append(trials[0])
+        self.found["fixed_ms"] = float(np.mean(fixed)) if fixed else 0.0
 
-def _line(sample, product, count: int, unit_bytes: int, ranks: int, marks: Marks) -> tuple[float, float | None]:
-    """What a layer's `count` units take, and what comes on top of any share, in ms: a line through an even share and half of it.
+    def work(self) -> None:
+        """An even share of a layer's attention, the next time of its FFN, and so on."""
+        self._once(self._trials[self._calls % 2], self._calls // 2)
+        self._calls += 1
 
-    `sample(units)` makes the weights of several layers, `product(share, layer)` uses them; a unit has `unit_bytes`. None on top: a share of
-    one unit cannot be halved.
-    """
-    most = max(1, min(split_evenly(count, ranks)[-1], SAMPLE_BYTES // unit_bytes))
-    sizes = [most, most // 2] if most > 1 else [most]
-    shares = [sample(size) for size in sizes]
-    times: list[list[float]] = [[] for _ in sizes]
-    until = time.perf_counter() + PRODUCTS_S
-    while len(times[0]) <= LEAST_TIMES or time.perf_counter() < until:
-        for share, size, taken in zip(shares, sizes, times):
-            begin = time.perf_counter()
-            product(share, len(taken) % len(share.layers))
-            marks.pace(begin, size * ranks / count)
-            taken.append((time.perf_counter() - begin) * 1e3)
-    usual = [float(np.median(taken[1:])) for taken in times]  # the first warms up
-    whole = usual[0] * count / most
-    if len(sizes) == 1:
-        return whole, None
-    slope = (usual[0] - usual[1]) * count / (sizes[0] - sizes[1])
-    slope = min(max(slope, LEAST_SLOPE * whole), whole)
-    return slope, usual[0] - slope * most / count
+    def _once(self, trial: tuple[Share, Callable[[Share, int], object], float], number: int) -> None:
+        share, product, even_shares = trial
+        begin = time.perf_counter()
+        product(share, number % len(share.layers))
+        self._marks.pace(begin, even_shares)
+
+    def _usual_ms(self, trials: list) -> list[float]:
+        """The median time of each, in turns."""
+        times, until, number = [[] for _ in trials], time.perf_counter() + PRODUCTS_S, 0
+        while number <= LEAST_TIMES or time.perf_counter() < until:
+            for trial, taken in zip(trials, times):
+                begin = time.perf_counter()
+                self._once(trial, number)
+                taken.append((time.perf_counter() - begin) * 1e3)
+            number += 1
+        return [float(np.median(taken[1:])) for taken in times]  # the first warms up
 
 
 def _sample(config: ModelConfig, heads: int, groups: int) -> Share:
@@ -109,8 +125,6 @@ def _sample(config: ModelConfig, heads: int, groups: int) -> Share:
 
 def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float]:
     """`link_ms`, `late_rate` and `late_ms` by worker, and what each further worker adds to a sync."""
-    if not link.workers:
-        return {}, 0.0
     x = np.full((1, width), 0.5, np.float32)
     alone = {rank: float(np.median([link.echo(x, [rank])[0] for _ in range(ALONE)])) * 1e3 for rank in link.workers}
     together_ms = np.array([link.echo(x, link.workers) for _ in range(TOGETHER)]) * 1e3  # [rounds, workers]
@@ -127,6 +141,18 @@ def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], flo
             "late_ms": float(late.mean()) - usual if known else 0.0,
         }
     return found, further_ms
+
+
+def _busy_ms(link: RootLink, width: int, work: Callable[[], None], trials: list[list[float]], links: dict) -> float:
+    """How much longer syncs take in which all compute than the longest share: who computes hears and answers later."""
+    x = np.full((1, width), 0.5, np.float32)
+    over = []
+    for number in range(BUSY):
+        begin = time.perf_counter()
+        link.echo(x, link.workers, work)
+        shares = [own[number % 2] + (links[rank]["link_ms"] if rank else 0.0) for rank, own in enumerate(trials)]
+        over.append((time.perf_counter() - begin) * 1e3 - max(shares))
+    return float(np.median(over))
 
 
 def _head_ms(config: ModelConfig) -> float:

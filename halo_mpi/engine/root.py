@@ -193,10 +193,12 @@ class Root:
         behind = {rank for rank in overrun if self.crew.does_without(rank)}
         for rank in behind | self._leave_behind(overrun - behind):
             self.crew.stop_asking(rank)
+        if kind == Kind.ATTENTION and layer == 0:
+            self._pause(self.crew.far_behind())
 
     def _pause(self, ranks: set[int]) -> set[int]:
         """Ask these workers nothing for a while, as far as the run's quality allows it; those that pause now."""
-        gone = self._leave_behind({rank for rank in ranks if not self.crew.does_without(rank)})
+        gone = self._leave_behind({rank for rank in ranks if not self.crew.does_without(rank) and not self._drops})
         for rank in gone:
             self.crew.pause(rank)
         return gone
@@ -205,7 +207,12 @@ class Root:
         """Do without these workers, as far as the run's quality allows it; those that are behind now."""
         gone = set()
         for rank in ranks:
-            if not self._relaxed or not self._sums.affords(0.0, self.predictor.rest(self._at, self.crew.done_without() | {rank})):
+            without, rest = self.crew.done_without() | {rank}, self.predictor.rest
+            if not (
+                self._relaxed
+                and self._sums.affords(0.0, rest(self._at, without))
+                and self._sums.affords_always(rest(0, without))  # it may be gone for tokens to come
+            ):
                 continue
             gone.add(rank)
             self.crew.leave(rank)

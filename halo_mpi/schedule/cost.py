@@ -1,7 +1,7 @@
 """What a token takes on devices that differ, in strict mode: a model of the token loop.
 
 token = layers x (sync of attention + sync of FFN) + head
-sync  = the longest of the shares + what further workers cost the root + expected waiting for lost packets
+sync  = the longest of the shares + what talking to the workers takes + expected waiting for lost packets
 share = link (workers only) + fixed + part of the layer x what all of it would take on this device
 """
 
@@ -40,6 +40,7 @@ class Cluster:
     """The devices by rank, and what only the root does, in ms."""
 
     devices: Sequence[Device]
+    sync_ms: float = 0.0  # what a sync with workers takes beside the longest share
     further_ms: float = 0.0  # what each worker beyond the first adds to a sync
     head_ms: float = 0.0  # of the vocabulary, once per token
 
@@ -84,7 +85,8 @@ def sync_cost(cluster: Cluster, kind: Kind, parts: Sequence[float]) -> Sync:
     times = [share_ms(device, kind, part, rank == 0) for rank, (device, part) in enumerate(zip(cluster.devices, parts))]
     workers = [rank for rank in range(1, len(times)) if parts[rank]]
     longest = max(range(len(times)), key=times.__getitem__)
-    return Sync(times[longest], cluster.further_ms * max(0, len(workers) - 1), _stall_ms(cluster.devices, workers), longest)
+    further_ms = cluster.sync_ms + cluster.further_ms * (len(workers) - 1) if workers else 0.0
+    return Sync(times[longest], further_ms, _stall_ms(cluster.devices, workers), longest)
 
 
 def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequence[int]) -> Cost:

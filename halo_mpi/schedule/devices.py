@@ -2,11 +2,12 @@
 
     {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"},
                  {"name": "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "mbit": 100, "loss": 0.02}],
-     "further_ms": 0.05}
+     "sync_ms": 0.3, "further_ms": 0.05}
 
 The first device is the root. `speed`: GB/s at which it multiplies a matrix by a vector; or `attention_ms` and `ffn_ms`, and the other
-names of a Device, as `halo-mpi plan --json` prints them. `mbit`: a message's own time is added to `link_ms`; the root's, which sends
-every message twice, to what further workers cost. `loss`: of packets, per direction, in place of `late_rate` and `late_ms`.
+names of a Device, as `halo-mpi plan --json` prints them. `sync_ms`: what a sync takes beside its longest share; `further_ms`: what each
+worker but the first adds. `mbit`: a message's own time is added to `link_ms`; the root's, which sends twice, to `further_ms`. `loss`: of
+packets, per direction, in place of `late_rate` and `late_ms`.
 """
 
 import json
@@ -42,8 +43,8 @@ def read_devices(path: Path, config: ModelConfig, context: int) -> Cluster:
     except ValueError as error:
         raise InputError(f"{path} is no JSON file ({' '.join(str(error).split())[:80]})") from error
     entries = content.get("devices") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries or set(content) - {"devices", "further_ms", "head_ms"} - PRINTED:
-        raise InputError(f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "further_ms" and "head_ms"')
+    if not isinstance(entries, list) or not entries or set(content) - {"devices", "sync_ms", "further_ms", "head_ms"} - PRINTED:
+        raise InputError(f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "sync_ms", "further_ms" and "head_ms"')
     if content.get("model", config.name) != config.name:
         raise InputError(f"{path} has the times of {content['model']}, not of {config.name}; plan for that, or give speeds")
     devices: list[Device] = []
@@ -55,7 +56,9 @@ def read_devices(path: Path, config: ModelConfig, context: int) -> Cluster:
         devices += [_device(entry, config, context, where)] * count
     vocabulary_ms = devices[0].ffn_ms * config.vocabulary / (3 * config.ffn)
     further_ms = _number(content, "further_ms", str(path)) + COPIES * _message_ms(entries[0], config, f"{path}, device 0")
-    return Cluster(devices, further_ms, _number(content, "head_ms", str(path), vocabulary_ms))
+    return Cluster(
+        devices, _number(content, "sync_ms", str(path)), further_ms, _number(content, "head_ms", str(path), vocabulary_ms)
+    )
 
 
 def _checked(entry: object, where: str) -> int:

@@ -28,6 +28,7 @@ def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -
     return {
         "model": config.name,
         "devices": [asdict(device) for device in cluster.devices],
+        "sync_ms": cluster.sync_ms,
         "further_ms": cluster.further_ms,
         "head_ms": cluster.head_ms,
         "chosen": advice.chosen,
@@ -89,7 +90,7 @@ def _parts(cost: Cost, cluster: Cluster) -> list[str]:
     for name, sync in (("attention", cost.attention), ("FFN", cost.ffn)):
         lines.append(
             f"  {cost.layers} x {sync.ms:.2f} ms {name}: {sync.longest_ms:.2f} the longest share (rank {sync.longest}, "
-            f"{cluster.devices[sync.longest].name}), {sync.further_ms:.2f} further workers, {sync.stall_ms:.2f} lost packets"
+            f"{cluster.devices[sync.longest].name}), {sync.further_ms:.2f} messages, {sync.stall_ms:.2f} lost packets"
         )
     return [*lines, f"  {cost.head_ms:.2f} ms vocabulary, on the root"]
 

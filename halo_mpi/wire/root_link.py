@@ -1,7 +1,7 @@
 """The root's side of the star: requests to the workers, their answers as they come, kicks where they do not come."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +52,7 @@ class RootLink:
 
     def __init__(self, mailbox: Mailbox, workers: list[int], kick_s: float = 0.0, deadline_s: float | None = None,
                  waiter: Waiter | None = None):  # fmt: skip
-        self._mailbox, self._kick_s = mailbox, kick_s
+        self._mailbox, self._kick_s, self._deadline_s = mailbox, kick_s, deadline_s
         self.waiter = waiter or Waiter()
         self.workers = workers
         self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
@@ -72,11 +72,16 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
-    def echo(self, x: np.ndarray, workers: list[int]) -> list[float]:
-        """Send x, f32 [1, width], to these workers at once, to be sent back; after how many seconds each answer was there."""
+    def echo(self, x: np.ndarray, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
+        """Send x, f32 [1, width], to these workers at once, to be sent back; after how many seconds each answer was there.
+
+        `work`: what the root does meanwhile.
+        """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
         seq = self.ask(Kind.PING, 0, 0, x, workers)
         waited_for = set(workers)
+        if work:
+            work()
         while waited_for:
             for answer in self.poll():
                 if answer.seq == seq:
@@ -152,6 +157,10 @@ class RootLink:
     def catch_up(self, rank: int) -> None:
         """The worker was sent all that it missed: nothing is expected of what it was asked before."""
         self.peers[rank].answered_seq = self.seq
+
+    def forget_latency(self, rank: int) -> None:
+        """Learn anew how long the worker's answers take."""
+        self.peers[rank].deadline = Deadline(self._deadline_s)
 
     def probe(self, rank: int) -> None:
         """Send a kick whose answer will tell that the worker has taken in everything sent before."""

@@ -1,6 +1,7 @@
 """A worker's side of the star: requests from rank 0 in order, at most one answer to each."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,15 +35,16 @@ class WorkerLink:
         self._queue: deque[Request] = deque()
         self._oldest_useful = self._epoch = self._done = 0
         self._stopped, self._pings = False, 0
+        self._before_echo: Callable[[], None] | None = None
 
     @property
     def stopped(self) -> bool:
         """The root said stop, and everything before it is done."""
         return self._stopped and not self._queue
 
-    def greet(self, pings: int = PINGS) -> None:
-        """Answer so many pings; those with which the root begins, if nothing else is said."""
-        until = self._pings + pings
+    def greet(self, pings: int = PINGS, work: Callable[[], None] | None = None) -> None:
+        """Answer so many pings; those with which the root begins, if nothing else is said. `work`: to be done before each answer."""
+        until, self._before_echo = self._pings + pings, work
         while self._pings < until:
             self.next()
             self._waiter.wait()
@@ -86,6 +88,8 @@ class WorkerLink:
         if kind == Kind.STOP:
             self._stopped = True
         elif kind == Kind.PING:
+            if self._before_echo:
+                self._before_echo()
             self._mailbox.post([ROOT], Kind.PING, seq, x=message.read() if header["rows"] else None)
             self._pings += 1
         elif kind == Kind.KICK:
