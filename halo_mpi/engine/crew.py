@@ -92,13 +92,13 @@ class Crew:
         return {rank for rank in workers if self._patience[rank].wait(seconds, now) > self._outage_s}
 
     def far_behind(self) -> set[int]:
-        """Workers whose answers usually take many times as long as most others'; a device at a quarter of the speed is none."""
-        usual = {rank: peer.deadline.usual_s for rank, peer in self._link.peers.items() if peer.deadline.usual_s}
-        if len(usual) < 3:
+        """Workers whose answers take many times as long as most others' do; a device at a quarter of the speed is none."""
+        mean = {rank: peer.deadline.mean_s for rank, peer in self._link.peers.items() if peer.deadline.mean_s}
+        if len(mean) < 3:
             return set()
-        others = sorted(usual.values())[(len(usual) - 1) // 2]
+        others = sorted(mean.values())[(len(mean) - 1) // 2]
         limit = max(FAR * others, others + FAR_S)
-        return {rank for rank, usual_s in usual.items() if usual_s > limit}
+        return {rank for rank, mean_s in mean.items() if mean_s > limit}
 
     def pause(self, rank: int) -> None:
         """The worker, whom the root does without, is too slow to be asked."""

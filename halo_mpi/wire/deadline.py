@@ -27,12 +27,17 @@ class Deadline:
         self._fixed_s = fixed_s
         self._latencies = np.zeros(WINDOW)
         self._count = 0
-        self._usual_s, self._allowed_s = 0.0, FIRST_S
+        self._usual_s, self._mean_s, self._allowed_s = 0.0, 0.0, FIRST_S
 
     @property
     def usual_s(self) -> float:
         """The median of the recent answers' times, from the request on."""
         return self._usual_s
+
+    @property
+    def mean_s(self) -> float:
+        """Their mean."""
+        return self._mean_s
 
     def observe(self, latency_s: float) -> None:
         """An answer came `latency_s` after its request. An outage tells nothing of the usual time."""
@@ -51,6 +56,7 @@ class Deadline:
 
     def _learn(self) -> None:
         recent = self._latencies[: min(self._count, WINDOW)]
+        self._mean_s = float(recent.mean())
         self._usual_s, quartile = np.percentile(recent, (50, 75)).tolist()
         short_s = self._usual_s + MARGIN_S + SPREADS * (quartile - self._usual_s)
         lost_s = np.sort(np.maximum(recent - short_s, 0))[:-FORGIVEN].sum() / len(recent)
