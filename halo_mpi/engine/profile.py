@@ -17,7 +17,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights, Share, runs_of
 from halo_mpi.model.records import split_evenly
 from halo_mpi.schedule.cost import Cluster, Device
-from halo_mpi.wire.exchange import gather
+from halo_mpi.wire.exchange import broadcast, gather
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
 
@@ -28,6 +28,7 @@ SAMPLE_CONTEXT = 256  # tokens in the KV cache
 LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however noisy the machine
 HEAD_TIMES = 7
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
+SLOW = 1.5  # times the usual computing
 LATE, LATE_MS = 2.0, 2.0  # times the usual latency, and so much on top
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
@@ -41,6 +42,7 @@ def measure_cluster(
     head_ms = _head_ms(config) if comm.rank == 0 else 0.0
     devices = gather(comm, {**about, **computing.found})
     trials = gather(comm, computing.trial_ms)
+    computing.usual_ms = broadcast(comm, np.median(trials, axis=0).tolist() if comm.rank == 0 else None)
     if comm.rank:
         link.greet(ALONE + TOGETHER)
         link.greet(BUSY, computing.work)
@@ -48,13 +50,16 @@ def measure_cluster(
     if not link.workers:
         return Cluster([Device(**devices[0])], head_ms=head_ms)
     links, further_ms = _links(link, config.hidden)
-    sync_ms = _busy_ms(link, config.hidden, computing.work, trials, links) - further_ms * (len(links) - 1)
+    sync_ms = _busy_ms(link, config.hidden, computing, trials, links) - further_ms * (len(links) - 1)
     found = [Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)]
     return Cluster(found, max(0.0, sync_ms), further_ms, head_ms)
 
 
 class Computing:
-    """What attention and FFN take on this rank. `found`: fields of its Device; `trial_ms`: an even share's times, both of them."""
+    """What attention and FFN take on this rank. `found`: fields of its Device; `trial_ms`: the times of an even share of each.
+
+    `usual_ms`: the same, the median of all ranks.
+    """
 
     def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
         x = torch.full((1, config.hidden), 0.5)
@@ -65,7 +70,7 @@ class Computing:
             ("ffn_ms", config.groups, 12 * config.hidden * config.group_size, lambda groups: _sample(config, 0, groups),
              lambda share, layer: share.ffn(layer, x)),
         )  # fmt: skip
-        self.found, self.trial_ms, self._trials, fixed = {}, [], [], []
+        self.found, self.trial_ms, self.usual_ms, self._trials, fixed = {}, [], [], [], []
         for name, count, unit_bytes, sample, product in kinds:
             most = max(1, min(split_evenly(count, ranks)[-1], SAMPLE_BYTES // unit_bytes))
             sizes = [most, most // 2] if most > 1 else [most]
@@ -82,8 +87,13 @@ class Computing:
         self.found["fixed_ms"] = float(np.mean(fixed)) if fixed else 0.0
 
     def work(self) -> None:
-        """An even share of a layer's attention, the next time of its FFN, and so on."""
-        self._once(self._trials[self._calls % 2], self._calls // 2)
+        """An even share of a layer's attention, the next time of its FFN, and so on; a slow rank sleeps as long as it takes the others,
+        or nothing would be seen behind its time."""
+        kind = self._calls % 2
+        if self.trial_ms[kind] > SLOW * self.usual_ms[kind]:
+            time.sleep(self.usual_ms[kind] / 1e3)
+        else:
+            self._once(self._trials[kind], self._calls // 2)
         self._calls += 1
 
     def _once(self, trial: tuple[Share, Callable[[Share, int], object], float], number: int) -> None:
@@ -143,14 +153,16 @@ def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], flo
     return found, further_ms
 
 
-def _busy_ms(link: RootLink, width: int, work: Callable[[], None], trials: list[list[float]], links: dict) -> float:
+def _busy_ms(link: RootLink, width: int, computing: Computing, trials: list[list[float]], links: dict) -> float:
     """How much longer syncs take in which all compute than the longest share: who computes hears and answers later."""
     x = np.full((1, width), 0.5, np.float32)
     over = []
     for number in range(BUSY):
         begin = time.perf_counter()
-        link.echo(x, link.workers, work)
-        shares = [own[number % 2] + (links[rank]["link_ms"] if rank else 0.0) for rank, own in enumerate(trials)]
+        link.echo(x, link.workers, computing.work)
+        usual_ms = computing.usual_ms[number % 2]
+        own_ms = [own[number % 2] if own[number % 2] <= SLOW * usual_ms else usual_ms for own in trials]
+        shares = [ms + (links[rank]["link_ms"] if rank else 0.0) for rank, ms in enumerate(own_ms)]
         over.append((time.perf_counter() - begin) * 1e3 - max(shares))
     return float(np.median(over))
 
