@@ -15,6 +15,7 @@ from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.model.loading import load_layer
 from halo_mpi.predict.fits import LowRank
 from halo_mpi.predict.importance import relative_costs
+from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.predict.stored import read_estimate, read_importance
 from halo_mpi.predict.moments import apply
 from halo_mpi.store.reader import ModelStore
@@ -22,6 +23,7 @@ from halo_mpi.wire.messages import Kind
 
 LEAST = 4  # what is skipped is among the least important 1/4
 LAST = 10**9  # sync: everything comes by the end of a token
+KINDS = (Kind.ATTENTION, Kind.FFN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,9 @@ class Simulation:
         self._ahead = [[None] * len(windows) for _ in ways]
         self._late = [[[] for _ in windows] for _ in ways]  # (sync after which it comes, what it changes)
         self.lost = [[0, 0] for _ in ways]  # units lost, units in all
+        self.judged = {
+            kind: [[] for _ in windows] for kind in KINDS
+        }  # by layer: rank correlation and recall of what is predicted
 
     def run(self, layer_of: Callable[[int], Layer], progress: Callable) -> np.ndarray:
         """The loss of every scored token, in nats, [ways, tokens]."""
@@ -118,6 +123,10 @@ class Simulation:
         """The layer's output [T, D], some parts of it as they are filled in."""
         rule, y = self._ways[way], F.linear(inner, out)
         units = rule.units.get((kind, number))
+        if not rule.units and way == 0:
+            actual = torch.stack([(inner[:, own] @ out[:, own].T).norm(dim=-1) for own in columns], 1)[1:]
+            predicted = self._scores_of(layer, kind, scores)[1:]
+            self.judged[kind][window].append((rank_correlation(predicted, actual), recall_of_least(predicted, actual)))
         if not units:
             return y
         lost, lags = self._drawn(rule, window, number, kind, units, scores)
@@ -145,9 +154,12 @@ class Simulation:
 
     def _shares(self, layer: Layer, kind: Kind, units: list, scores: torch.Tensor) -> torch.Tensor:
         """The units' predicted shares of a sync's |output|, [T, units]."""
-        groups = len(layer.estimates[Kind.FFN])
-        own = (scores[:, :groups] if kind == Kind.FFN else scores[:, groups:]).softmax(1)  # scores are log |output|
+        own = self._scores_of(layer, kind, scores).softmax(1)  # scores are log |output|
         return torch.stack([own[:, unit].sum(1) for unit in units], 1)
+
+    def _scores_of(self, layer: Layer, kind: Kind, scores: torch.Tensor) -> torch.Tensor:
+        groups = len(layer.estimates[Kind.FFN])
+        return scores[:, :groups] if kind == Kind.FFN else scores[:, groups:]
 
     def _drawn(self, rule: Way, window: int, number: int, kind: Kind, units: list,
                scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip

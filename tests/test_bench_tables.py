@@ -125,6 +125,7 @@ def test_every_kind_of_result_has_its_place_on_the_page(tmp_path):
         {"name": "FFN groups, estimate", "lost": 0.05, "loss": 3.1, "loss_novel": 3.6, "loss_reference": 2.6},
     ]
     content = {**tradeoff_content(lost), "benchmark": "estimates", "settings": {"model": "tiny", "tokens": 100}}
+    content["importance"] = {"FFN": [[0.8, 0.6], [0.9, 0.7]], "ATTENTION": [[0.7, 0.7], [0.7, 0.7]]}
     assert estimates.table(content).rows[2][-1] == "75%"
     bad = [
         scored([-1.0, -2.0], way="reference"),

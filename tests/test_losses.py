@@ -9,6 +9,7 @@ from bench.losses import Simulation, Way, stored_layer
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, rms_norm
 from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
@@ -45,8 +46,24 @@ def test_without_losses_it_is_the_model(opened, windows):
         x = x + share.ffn(layer, rms_norm(x, trunk.ffn_norms[layer], config.norm_eps))
     logits = rms_norm(x, trunk.final_norm, config.norm_eps) @ trunk.head.T
     expected = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(windows[0, 1:]).long(), reduction="none")
-    found, _ = losses(opened, [Way("exact", "zero", 0.0, {})], windows)
+    found, simulation = losses(opened, [Way("exact", "zero", 0.0, {})], windows)
     assert found[0, :39] == pytest.approx(expected.numpy(), abs=1e-4)
+    assert all(np.shape(by_window) == (3, config.layers, 2) for by_window in simulation.judged.values())
+
+
+def test_importance_is_judged_by_what_each_group_really_says(opened, windows):
+    store, config = opened
+    _, simulation = losses(opened, [Way("exact", "zero", 0.0, {})], windows)
+    layer, trunk = stored_layer(store, config, 0, 40), load_trunk(store, config)
+    x = trunk.embedding[torch.from_numpy(windows[1]).long()]
+    first = rms_norm(x, trunk.attention_norms[0], config.norm_eps)
+    inner = layer.share.activations(0, rms_norm(x + layer.share.attention(0, first, 0), trunk.ffn_norms[0], config.norm_eps))
+    down = layer.share.layers[0].down
+    groups = [config.group_neurons(group) for group in range(config.groups)]
+    actual = torch.stack([(inner[:, own] @ down[:, own].T).norm(dim=-1) for own in (slice(g.start, g.stop) for g in groups)], 1)[1:]
+    predicted = (first @ layer.weight.T + layer.bias)[1:, : config.groups]
+    expected = rank_correlation(predicted, actual), recall_of_least(predicted, actual)
+    assert simulation.judged[Kind.FFN][1][0] == pytest.approx(expected)
 
 
 def test_the_same_is_lost_in_every_way(opened, windows):
