@@ -100,7 +100,7 @@ class Recorder(Box):
         super().post(peers, kind, *message, **fields)
 
     def delay(self, seconds: float) -> None:
-        self._delays = itertools.repeat(seconds)
+        self.delays = itertools.repeat(seconds)
 
 
 class Star:
