@@ -81,7 +81,7 @@ def test_the_real_program_gives_the_same_tokens_with_and_without_losses(can, tin
         scenario = tmp_path / f"loss-{loss}.toml"
         scenario.write_text(f"hosts = 3\nloss = {loss}\n")
         report = tmp_path / f"report-{loss}.json"
-        command = [sys.executable, "-m", "halo_mpi.generate", "--model", str(tiny), "--prompt", "The dog"]
+        command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", str(tiny), "--prompt", "The dog"]
         options = ["--max-tokens", "12", "--ignore-eos", "--json", str(report)]
         run = [sys.executable, "-m", "bench.lab", "run", str(scenario), "--backend", "kernel", "--", *command, *options]
         finished = subprocess.run(run, capture_output=True, text=True, timeout=50, cwd=ROOT)

