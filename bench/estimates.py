@@ -9,7 +9,7 @@ import click
 import numpy as np
 import torch
 
-from bench.losses import KINDS, Simulation, Way, stored_layer
+from bench.losses import Simulation, Way, stored_layer
 from bench.quality import language_reference
 from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
@@ -18,6 +18,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.loading import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.progress import progress
+from halo_mpi.schedule.cost import KINDS
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind

@@ -18,12 +18,12 @@ from halo_mpi.predict.importance import relative_costs
 from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.predict.stored import read_estimate, read_importance
 from halo_mpi.predict.moments import apply
+from halo_mpi.schedule.cost import KINDS
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
 LEAST = 4  # what is skipped is among the least important 1/4
 LAST = 10**9  # sync: everything comes by the end of a token
-KINDS = (Kind.ATTENTION, Kind.FFN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,7 @@ class Simulation:
         self._ahead = [[None] * len(windows) for _ in ways]
         self._late = [[[] for _ in windows] for _ in ways]  # (sync after which it comes, what it changes)
         self.lost = [[0, 0] for _ in ways]  # units lost, units in all
-        self.judged = {
-            kind: [[] for _ in windows] for kind in KINDS
-        }  # by layer: rank correlation and recall of what is predicted
+        self.judged = {kind: [[] for _ in windows] for kind in KINDS}  # by layer: rank correlation and recall
 
     def run(self, layer_of: Callable[[int], Layer], progress: Callable) -> np.ndarray:
         """The loss of every scored token, in nats, [ways, tokens]."""

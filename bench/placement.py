@@ -6,18 +6,16 @@ proportion to what the devices can do, on the same links, by the cost model; who
 
 import click
 
-from bench.cells import generation, require_lab, run_in_lab
+from bench.cells import require_lab
 from bench.modes import Names
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import failures, measure
-from bench.scenes import SCENARIOS, scenario_of
+from bench.scenes import SCENARIOS, run_in_scene
 from bench.shapes import config_of, model_options
 from bench.stats import pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
 
 PLACEMENTS = ("even", "auto")
-PATIENCE_S = 40.0
-MAX_TOKENS = 400
 
 
 def name_of(cell: dict) -> str:
@@ -88,8 +86,8 @@ def main(model, scenes, repeats, seconds, pace_ms, minutes, seed, out) -> int:
                       pace_ms=pace_ms)  # fmt: skip
 
     def run(cell: dict) -> dict:
-        program = generation(model, ("--placement", cell["placement"]), seconds, MAX_TOKENS)
-        return run_in_lab(scenario_of(cell["scene"], pace_ms), program, 2 * seconds + 2 * PATIENCE_S, seed + cell["repeat"])
+        options = ("--placement", cell["placement"])
+        return run_in_scene(model, options, cell["scene"], pace_ms, seconds, seed + cell["repeat"])
 
     groups = [[{"scene": s, "placement": p, "repeat": r} for p in PLACEMENTS] for r in range(repeats) for s in scenes]
     measure(groups, run, line_of, lambda _: 15 + 1.5 * seconds, minutes, results)

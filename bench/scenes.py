@@ -3,6 +3,8 @@
 Bursts, delay and jitter, a slow device, bad devices, a link that flaps: each scenario by each mode, in time boxes that alternate.
 """
 
+from pathlib import Path
+
 import click
 
 from bench.cells import generation, require_lab, run_in_lab
@@ -24,6 +26,12 @@ MAX_TOKENS = 400
 def scenario_of(scene: str, pace_ms: float) -> dict:
     """The scenario file's values, at the devices' pace where it sets none."""
     return {"pace_ms": pace_ms, **tomllib.loads((SCENARIOS / f"{scene}.toml").read_text())}
+
+
+def run_in_scene(model: Path, options: tuple[str, ...], scene: str, pace_ms: float, seconds: float, seed: int, **keys) -> dict:
+    """`generate` in a time box, in a scenario; `keys`: of the scenario, on top of the file's."""
+    program = generation(model, options, seconds, MAX_TOKENS)
+    return run_in_lab({**scenario_of(scene, pace_ms), **keys}, program, 2 * seconds + 2 * PATIENCE_S, seed)
 
 
 def name_of(cell: dict) -> str:
@@ -83,9 +91,7 @@ def main(model, scenes, modes, repeats, seconds, pace_ms, minutes, seed, out) ->
 
     def run(cell: dict) -> dict:
         mode = MODES[cell["mode"]]
-        scenario = {**scenario_of(cell["scene"], pace_ms), **mode.scenario}
-        program = generation(model, mode.options, seconds, MAX_TOKENS)
-        return run_in_lab(scenario, program, 2 * seconds + 2 * PATIENCE_S, seed + cell["repeat"])
+        return run_in_scene(model, mode.options, cell["scene"], pace_ms, seconds, seed + cell["repeat"], **mode.scenario)
 
     groups = [[{"scene": s, "mode": m, "repeat": r} for m in modes] for r in range(repeats) for s in scenes]
     measure(groups, run, line_of, lambda _: 15 + 1.5 * seconds, minutes, results)

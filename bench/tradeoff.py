@@ -177,6 +177,7 @@ def plot(content: dict, path: Path) -> None:
         return
     times = [point["mean_ms"] for point in found]
     limits = 0.9 * min(times), 1.1 * max(times)
+    ticks = [tick for tick in TICKS_MS if limits[0] <= tick <= limits[1]]
     with figure(path, len(losses), 4.4) as panels:
         for panel, loss in zip(panels, losses):
             for index, mode in enumerate((*EXACT, "relaxed", *OTHERS)):
@@ -187,8 +188,7 @@ def plot(content: dict, path: Path) -> None:
                 style = "o-" if mode == "relaxed" else "s" if mode in EXACT else "^"
                 panel.plot([point["mean_ms"] for point in own], costs, style, color=COLORS[index % len(COLORS)], label=mode)
             panel.set(title=f"{loss:g} % of the packets lost", xlabel="ms per token", xscale="log", yscale="log", xlim=limits)
-            panel.set_xticks([tick for tick in TICKS_MS if limits[0] <= tick <= limits[1]], minor=False)
-            panel.set_xticklabels([f"{tick:g}" for tick in TICKS_MS if limits[0] <= tick <= limits[1]])
+            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("perplexity above the exact one, % (0.01: none)")

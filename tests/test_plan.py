@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from halo_mpi.errors import InputError, MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import share_bytes, trunk_bytes
 from halo_mpi.model.shapes import SHAPES
+from halo_mpi.model.sizes import share_bytes, trunk_bytes
 from halo_mpi.schedule.advice import advise
 from halo_mpi.schedule.cost import Cluster, Device, sync_cost, token_cost
 from halo_mpi.schedule.devices import read_devices
@@ -120,7 +120,7 @@ def test_memory_is_counted_as_it_is_taken(counts):
     for heads, groups in zip(*counts):
         weights, cache = share_bytes(SMOLLM2, [list(range(heads))] * 30, [list(range(groups))] * 30, 100)
         assert 0 <= work.bytes_of(heads, groups) - weights - cache <= work.kv_bytes
-    assert work.root_bytes == trunk_bytes(SMOLLM2)
+    assert work.root_bytes == trunk_bytes(SMOLLM2) == 4 * 576 * 49152
 
 
 def test_a_sync_waits_for_the_longest_share_and_for_repairs():

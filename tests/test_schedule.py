@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import share_bytes
 from halo_mpi.model.records import shard_index, split_evenly
+from halo_mpi.model.sizes import share_bytes
 from halo_mpi.schedule.memory import BASE_BYTES, Need, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 

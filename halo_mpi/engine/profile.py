@@ -63,7 +63,7 @@ class Computing:
 
     def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
         x = torch.full((1, config.hidden), 0.5)
-        self._marks, self._ranks, self._calls = marks, ranks, 0
+        self._marks, self._calls = marks, 0
         kinds = (
             ("attention_ms", config.heads, 16 * config.hidden * config.head_dim, lambda heads: _sample(config, heads, 0),
              lambda share, layer: share.attention(layer, x, SAMPLE_CONTEXT - 1)),

@@ -28,7 +28,8 @@ from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share
-from halo_mpi.model.loading import load_layer, load_trunk, share_bytes, trunk_bytes
+from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.model.sizes import share_bytes, trunk_bytes
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.progress import progress
 from halo_mpi.schedule.memory import Need, available_bytes, check_memory

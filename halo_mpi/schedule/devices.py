@@ -19,10 +19,10 @@ from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.memory import parse_size
+from halo_mpi.wire.messages import HEADER, vector_bytes
 
 REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest timeout where sockets are tuned
 PACKET_BYTES = 1448
-HEADER_BYTES = 16
 COPIES = 2
 KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
 PRINTED = {"model", "chosen", "unstable", "options"}  # what `plan --json` says beside the devices
@@ -112,7 +112,7 @@ def _late_rate(loss: float, config: ModelConfig) -> float:
 
 def _message_bytes(config: ModelConfig) -> int:
     """A request of one token, or its answer, in f16."""
-    return 2 * config.hidden + HEADER_BYTES
+    return HEADER.itemsize + vector_bytes(config.hidden, "f16")
 
 
 def _message_ms(entry: dict, config: ModelConfig, where: str) -> float:

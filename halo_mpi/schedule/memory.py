@@ -74,8 +74,8 @@ def check_memory(needs: list[Need], context: int) -> None:
         total = need.weights + need.cache
         if need.budget is not None and total > need.budget:
             raise MemoryBudgetError(
-                f"rank {need.rank} on {need.host} needs {_megabytes(total)} ({_parts(need)}) but --memory allows "
-                f"{_megabytes(need.budget)}; {advice}"
+                f"rank {need.rank} on {need.host} needs {mebibytes(total)} ({_parts(need)}) but --memory allows "
+                f"{mebibytes(need.budget)}; {advice}"
             )
     for machine in sorted({need.machine for need in needs}):
         here = [need for need in needs if need.machine == machine]
@@ -85,15 +85,15 @@ def check_memory(needs: list[Need], context: int) -> None:
         if total > free:
             ranks = ", ".join(str(need.rank) for need in here)
             raise MemoryBudgetError(
-                f"host {here[0].host} (rank {ranks}) needs {_megabytes(total)} (weights {_megabytes(sum(n.weights for n in here))}, "
-                f"KV cache {_megabytes(sum(n.cache for n in here))}, programs {_megabytes(programs)}) "
-                f"but has {_megabytes(free)} free; {advice}"
+                f"host {here[0].host} (rank {ranks}) needs {mebibytes(total)} (weights {mebibytes(sum(n.weights for n in here))}, "
+                f"KV cache {mebibytes(sum(n.cache for n in here))}, programs {mebibytes(programs)}) "
+                f"but has {mebibytes(free)} free; {advice}"
             )
 
 
 def _parts(need: Need) -> str:
-    return f"weights {_megabytes(need.weights)}, KV cache {_megabytes(need.cache)}"
+    return f"weights {mebibytes(need.weights)}, KV cache {mebibytes(need.cache)}"
 
 
-def _megabytes(count: int) -> str:
+def mebibytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB"

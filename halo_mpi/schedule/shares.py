@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import split_evenly
+from halo_mpi.model.sizes import trunk_bytes
 from halo_mpi.schedule.cost import KINDS, Cluster, Cost, share_ms, sync_cost, token_cost
+from halo_mpi.schedule.memory import mebibytes
 from halo_mpi.wire.messages import Kind
 
 CREWS, CREWS_IN_MEMORY = 17, 6  # sizes of a crew that are tried, without and with limits of memory
@@ -41,7 +43,6 @@ class Work:
     def of(cls, config: ModelConfig, context: int, root_bytes: int = 0) -> "Work":
         """`context`: tokens that the cache must hold; `root_bytes`: what the root needs beside its share and the vocabulary."""
         matrix = 4 * config.hidden * config.head_dim
-        vocabulary = 4 * config.hidden * config.vocabulary * (1 if config.tied else 2)
         return cls(
             config.layers,
             config.heads,
@@ -50,7 +51,7 @@ class Work:
             config.layers * 2 * matrix,
             config.layers * (2 * matrix + 2 * 4 * context * config.head_dim),
             config.layers * 3 * 4 * config.hidden * config.group_size,
-            vocabulary + root_bytes,
+            trunk_bytes(config) + root_bytes,
             context,
         )
 
@@ -114,7 +115,8 @@ def fits(cluster: Cluster, work: Work, counts: Counts) -> bool:
     """Whether every device has the memory, and the shards, for its part."""
     heads, groups = counts
     return all(
-        _room(cluster, work, rank, *own) >= 0 and all(own[kind] <= _on_disk(cluster, work, rank)[kind] for kind in (0, 1))
+        _room(cluster, work, rank, *own) >= 0
+        and all(count <= _on_disk(cluster, work, rank, kind) for kind, count in zip(KINDS, own))
         for rank, own in enumerate(zip(heads, groups))
     )
 
@@ -122,12 +124,12 @@ def fits(cluster: Cluster, work: Work, counts: Counts) -> bool:
 def _why_not(cluster: Cluster, work: Work) -> str:
     root, advice = cluster.devices[0].memory, "use more devices, fewer tokens of context or a smaller model"
     if root is not None and root < work.root_bytes:
-        return f"the root's memory, {_mib(root)}, does not hold what it needs beside its share, {_mib(work.root_bytes)}; {advice}"
+        return f"the root's memory, {mebibytes(root)}, does not hold what it needs beside its share, {mebibytes(work.root_bytes)}; {advice}"
     needed = work.bytes_of(work.heads, work.groups) + work.root_bytes
     limited = [device.memory for device in cluster.devices if device.memory is not None]
     return (
-        f"no shares were found that the devices' memory holds: {_mib(sum(limited))} on {len(limited)} devices, for {_mib(needed)} "
-        f"(KV cache of {work.context} tokens included) and what some need twice; {advice}"
+        f"no shares were found that the devices' memory holds: {mebibytes(sum(limited))} on {len(limited)} devices, "
+        f"for {mebibytes(needed)} (KV cache of {work.context} tokens included) and what some need twice; {advice}"
     )
 
 
@@ -156,10 +158,11 @@ def _best_alone(cluster: Cluster, work: Work, kind: Kind) -> list[int] | None:
     """The counts of one kind that make its sync shortest, memory aside; None if the disks of no crew hold everything."""
     count = work.count(kind)
     every = [
-        _dealt_out(cluster, kind, count, {rank: _on_disk(cluster, work, rank)[KINDS.index(kind)] for rank in crew})
+        _dealt_out(cluster, kind, count, {rank: _on_disk(cluster, work, rank, kind) for rank in crew})
         for crew in _crews(cluster, CREWS)
     ]
-    return min(filter(None, every), key=lambda counts: sync_cost(cluster, kind, [own / count for own in counts]).ms, default=None)
+    possible = [counts for counts in every if counts]
+    return min(possible, key=lambda counts: sync_cost(cluster, kind, [own / count for own in counts]).ms, default=None)
 
 
 def _dealt_out(cluster: Cluster, kind: Kind, count: int, most: dict[int, int]) -> list[int] | None:
@@ -192,13 +195,11 @@ def _room(cluster: Cluster, work: Work, rank: int, heads: int, groups: int) -> f
     return memory - work.bytes_of(heads, groups) - (work.root_bytes if rank == 0 else 0)
 
 
-def _on_disk(cluster: Cluster, work: Work, rank: int) -> tuple[int, int]:
-    """Heads and groups that a device may get at all."""
+def _on_disk(cluster: Cluster, work: Work, rank: int, kind: Kind) -> int:
+    """Heads or groups that a device may get at all."""
     device = cluster.devices[rank]
-    return (
-        work.heads if device.disk_heads is None else device.disk_heads,
-        work.groups if device.disk_groups is None else device.disk_groups,
-    )
+    held = device.disk_heads if kind == Kind.ATTENTION else device.disk_groups
+    return work.count(kind) if held is None else held
 
 
 def _within_memory(cluster: Cluster, work: Work, crews: dict[Kind, list[int]], first: Kind) -> tuple[list[int], list[int]] | None:
@@ -211,7 +212,7 @@ def _within_memory(cluster: Cluster, work: Work, crews: dict[Kind, list[int]], f
             def is_full(own: int) -> bool:
                 return _room(cluster, work, rank, *(own if each == kind else held[each][rank] for each in KINDS)) < 0
 
-            limit = _on_disk(cluster, work, rank)[KINDS.index(kind)]
+            limit = _on_disk(cluster, work, rank, kind)
             most[rank] = bisect_left(range(1, limit + 1), True, key=is_full)
         counts = _dealt_out(cluster, kind, work.count(kind), most)
         if counts is None:
@@ -251,10 +252,6 @@ def _moves(cluster: Cluster, work: Work, shares: Shares) -> Iterator[Counts]:
                     yield counts[Kind.ATTENTION], counts[Kind.FFN]
         crew = [rank for rank in range(len(own)) if own[rank]]
         for left in sorted(crew, key=own.__getitem__)[:NEIGHBOURS]:
-            most = {rank: _on_disk(cluster, work, rank)[KINDS.index(kind)] for rank in {0, *crew} - {left}}
+            most = {rank: _on_disk(cluster, work, rank, kind) for rank in {0, *crew} - {left}}
             if counts := _dealt_out(cluster, kind, count, most):
                 yield (counts, shares.groups) if kind == Kind.ATTENTION else (shares.heads, counts)
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.0f} MiB"

@@ -1,6 +1,5 @@
 """The root's side of the star: requests to the workers, their answers as they come, kicks where they do not come."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -72,8 +71,8 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
-    def echo(self, x: np.ndarray, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
-        """Send x, f32 [1, width], to these workers at once, to be sent back; after how many seconds each answer was there.
+    def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
+        """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
         `work`: what the root does meanwhile.
         """
@@ -182,12 +181,5 @@ class RootLink:
             del peer.asked_at[oldest]
 
     def _ping(self, rank: int) -> None:
-        times = []
-        for _ in range(PINGS):
-            begin = time.perf_counter()
-            self.ask(Kind.PING, 0, 0, None, [rank])
-            while self.peers[rank].asked_at:
-                if not list(self.poll()):
-                    self.waiter.wait()
-            times.append((time.perf_counter() - begin) * 1e3)
-        self.peers[rank].rtt_ms = round(float(np.median(times)), 3)
+        times_ms = [self.echo(None, [rank])[0] * 1e3 for _ in range(PINGS)]
+        self.peers[rank].rtt_ms = round(float(np.median(times_ms)), 3)
