@@ -233,11 +233,22 @@ def test_ranks_that_never_end_do_not_hold_up_a_finished_run():
     assert time.monotonic() - began < 15
 
 
+@needs_mpirun
+@pytest.mark.mpi
+def test_a_killed_run_leaves_nothing_that_a_later_one_could_stumble_over(tmp_path):
+    """Open MPI 5.0.11 cannot start where a killed mpirun of the same process id has left its session's folder."""
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(50)"
+    with start(program, TMPDIR=str(tmp_path)) as run:
+        assert run.stdout.readline() == "1\n"
+        assert list(tmp_path.glob("halo-mpirun-*/ompi.*"))
+    assert not list(tmp_path.glob("halo-mpirun-*")) and not list(tmp_path.glob("ompi.*"))
+
+
 @contextlib.contextmanager
-def start(program, ranks=2):
+def start(program, ranks=2, **environ):
     """A running halo-mpirun with its standard output to read; it is interrupted if it has not ended by then."""
     command = [sys.executable, HALO_MPIRUN, "-n", str(ranks), "python", "-c", program]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(command, env={**os.environ, **environ}, stdout=subprocess.PIPE, text=True)
     try:
         yield run
     finally:
