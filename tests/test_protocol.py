@@ -121,6 +121,23 @@ def test_a_worker_that_was_cut_off_gets_what_it_missed(deep):
     caches_are_complete(simulation, len(ids) + 1)
 
 
+def test_where_all_workers_stall_alike_nobody_pauses(deep, monkeypatch):
+    stalling = [[1e-4], *([1e-4] * before + [0.2] + [1e-4] * (301 - before) for before in (30, 130, 230))]
+
+    def notes() -> list[str]:
+        simulation = Simulation(deep, RANKS, replace(RELAXED, max_lag=2, outage_ms=30.0), stalling, NO_STALL, CONTEXT)
+        for position, token in enumerate(IDS * 3):
+            simulation.root.step(token, position)
+            simulation.settle(0.1)
+        assert simulation.root.ledger.substituted
+        return [note for note in simulation.notes if "holds everybody up" in note]
+
+    monkeypatch.setattr(crew, "HELD_UP_S", 0.05)
+    assert not notes()
+    monkeypatch.setattr(crew, "FAR", 0.0)
+    assert notes(), "the root waits for them long enough"
+
+
 def test_a_worker_that_holds_everybody_up_pauses_for_longer_and_longer(deep):
     far = [[1e-4]] * 3 + [[0.05]]
     simulation = Simulation(deep, RANKS, replace(RELAXED, max_lag=2), far, NO_STALL, CONTEXT)

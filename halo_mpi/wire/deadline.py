@@ -14,7 +14,7 @@ MARGIN_S = 1e-3
 SPREADS = 3.0  # times the distance between the median and the third quartile
 WORTH = 0.04
 FORGIVEN = 2  # the worst answers in the window: one hiccup of 40 ms is not a lossy link
-ENOUGH = 64  # answers before a deadline is short
+ENOUGH = 64  # answers before a deadline is short, or a mean is known
 PATIENT_S = 0.025
 OUTAGE_S = 0.25
 FIRST_S = 0.05  # before anything is known
@@ -36,7 +36,7 @@ class Deadline:
 
     @property
     def mean_s(self) -> float:
-        """Their mean."""
+        """Their mean, once there are enough to tell a slow worker from one stall; 0 before."""
         return self._mean_s
 
     def observe(self, latency_s: float) -> None:
@@ -56,7 +56,7 @@ class Deadline:
 
     def _learn(self) -> None:
         recent = self._latencies[: min(self._count, WINDOW)]
-        self._mean_s = float(recent.mean())
+        self._mean_s = float(recent.mean()) if len(recent) >= ENOUGH else 0.0
         self._usual_s, quartile = np.percentile(recent, (50, 75)).tolist()
         short_s = self._usual_s + MARGIN_S + SPREADS * (quartile - self._usual_s)
         lost_s = np.sort(np.maximum(recent - short_s, 0))[:-FORGIVEN].sum() / len(recent)

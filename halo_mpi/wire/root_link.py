@@ -1,5 +1,6 @@
 """The root's side of the star: requests to the workers, their answers as they come, kicks where they do not come."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class Peer:
     kick_at: float = 0.0
     replays: int = 0  # that it has not done yet
     rtt_ms: float = 0.0
+    judged_from: int = 0  # the first seq whose answer tells how long answers take
     asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
 
 
@@ -135,7 +137,7 @@ class RootLink:
                         f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
                 asked = peer.asked_at.pop(seq)
-                if header["rows"] == 1 and kind != Kind.PING:
+                if header["rows"] == 1 and kind != Kind.PING and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
                 yield Answer(rank, seq, message.read().copy() if header["rows"] else np.empty((0, 0), np.float32))
@@ -156,6 +158,14 @@ class RootLink:
     def catch_up(self, rank: int) -> None:
         """The worker was sent all that it missed: nothing is expected of what it was asked before."""
         self.peers[rank].answered_seq = self.seq
+
+    def excuse(self, rank: int) -> None:
+        """Learn nothing from the worker's answers until `judge`: after a stall many come late, though nothing is wrong any more."""
+        self.peers[rank].judged_from = sys.maxsize
+
+    def judge(self, rank: int) -> None:
+        """Learn again from its answers, to what it is asked from now on."""
+        self.peers[rank].judged_from = self.seq + 1
 
     def forget_latency(self, rank: int) -> None:
         """Learn anew how long the worker's answers take."""
