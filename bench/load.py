@@ -1,8 +1,9 @@
 """How long a start takes, phase by phase, and how fast groups are read: python -m bench.load [--json FILE] [--plot FILE.png]
 
 From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
-the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root). Then the ffn
-records are read one by one as a rank would: each a chunk of an HDF5 file, its checksum checked.
+the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root); loading goes on
+while the prompt is computed (meanwhile, as the program does it) or comes first. Then the ffn records are read one by one as a rank
+would: each a chunk of an HDF5 file, its checksum checked.
 """
 
 import tempfile
@@ -28,6 +29,7 @@ from halo_mpi.store.reader import ModelStore
 SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PHASES = ("python", "MPI", "import", "open", "load", "first token")
 CACHES = ("warm", "cold")
+LOADING = {"meanwhile": [], "first": ["--load-first"]}
 COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
 TIMEOUT_S = 120.0
 
@@ -40,7 +42,7 @@ def prepare(model: Path, cache: str) -> float:
 
 def run_start(cell: dict, model: Path) -> dict:
     share = prepare(model, cell["cache"])
-    run = run_locally(cell["ranks"], ["bench.first_token", *EVEN, "--model", model], TIMEOUT_S)
+    run = run_locally(cell["ranks"], ["bench.first_token", *EVEN, *LOADING[cell["loading"]], "--model", model], TIMEOUT_S)
     run["resident"] = share
     if run["status"] == "ok":
         ends = [run["began"], *(run["report"]["ends_s"][phase] for phase in PHASES)]
@@ -81,7 +83,7 @@ def starts(content: dict) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["what"] == "start":
-            found.setdefault((run["dtype"], run["cache"], run["ranks"]), []).append(run)
+            found.setdefault((run["dtype"], run["cache"], run["ranks"], run["loading"]), []).append(run)
     return found
 
 
@@ -95,16 +97,17 @@ def medians(runs: list[dict]) -> dict[str, float]:
 
 
 def table(content: dict) -> Table:
-    columns = ["dtype", "cache", "ranks", "runs", *(f"{phase} s" for phase in PHASES), "all s", "least .. most"]
-    drawn = Table("From mpirun to the first token, medians of the phases (rank 0)", columns, texts=2)
-    for (dtype, cache, ranks), runs in starts(content).items():
+    columns = ["dtype", "cache", "loading", "ranks", "runs", *(f"{phase} s" for phase in PHASES), "all s", "least .. most"]
+    drawn = Table("From mpirun to the first token, medians of the phases (rank 0)", columns, texts=3)
+    for (dtype, cache, ranks, loading), runs in starts(content).items():
         typical = medians(runs)
         totals = [sum(run["phases_s"].values()) for run in runs if run["status"] == "ok"]
         spread = f"{min(totals):.2f} .. {max(totals):.2f}" if totals else "-"
         times = [number(typical.get(phase), 2) for phase in (*PHASES, "all")]
-        drawn.rows.append([dtype, cache, str(ranks), str(len(runs)), *times, spread])
+        drawn.rows.append([dtype, cache, loading, str(ranks), str(len(runs)), *times, spread])
     drawn.notes.append(
-        "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: read and decode the share"
+        "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: plan, read and decode the "
+        "vocabulary and, with loading first, the share, which else is read until the first token"
     )
     for run in content["runs"]:
         if run["what"] == "reading" and run["status"] == "ok":
@@ -124,19 +127,19 @@ def plot(content: dict, path: Path) -> None:
     if not found:
         return
     with figure(path, 1, 7.0) as (panel,):
-        names = [f"{dtype}, {cache}, {ranks}" for dtype, cache, ranks in found]
+        names = [f"{dtype}, {cache}, {ranks}, {loading}" for dtype, cache, ranks, loading in found]
         left = np.zeros(len(found))
         for phase in PHASES:
             widths = np.array([phases[phase] for phases in found.values()])
             panel.barh(names, widths, left=left, label=phase)
             left += widths
         panel.invert_yaxis()
-        panel.set(xlabel="seconds", ylabel="dtype, page cache, ranks")
+        panel.set(xlabel="seconds", ylabel="dtype, page cache, ranks, loading")
         panel.legend(fontsize="small")
 
 
 def name_of(cell: dict) -> str:
-    ranks = f", {cell['ranks']} ranks" if cell["what"] == "start" else ""
+    ranks = f", {cell['ranks']} ranks, loading {cell['loading']}" if cell["what"] == "start" else ""
     return f"{cell['what']} {cell['dtype']}, {cell['cache']}{ranks}, repeat {cell['repeat'] + 1}"
 
 
@@ -171,7 +174,10 @@ def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]
             groups.append([{"what": "reading", **kind} for kind in kinds])
-            groups += [[{"what": "start", **kind, "ranks": n} for kind in kinds] for n in ranks]
+            groups += [
+                [{"what": "start", **kind, "ranks": n, "loading": loading} for kind in kinds for loading in LOADING]
+                for n in ranks
+            ]
 
         def run(cell: dict) -> dict:
             return (run_start if cell["what"] == "start" else run_reading)(cell, models[cell["dtype"]])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from halo_mpi.errors import InputError, MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.shapes import SHAPES
-from halo_mpi.model.sizes import share_bytes, trunk_bytes
+from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes, trunk_bytes
 from halo_mpi.schedule.advice import advise
 from halo_mpi.schedule.cost import Cluster, Device, sync_cost, token_cost
 from halo_mpi.schedule.devices import read_devices
@@ -79,7 +79,8 @@ def test_a_root_that_cannot_hold_the_vocabulary_is_told():
 def test_shares_that_fit_evenly_are_never_refused():
     config = ModelConfig("Llama-3-8B shape", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, 5e5)
     work = Work.of(config, 8192)
-    weights, cache = share_bytes(config, [list(range(4))] * 32, [list(range(14))] * 32, 8192)
+    heads, groups = [list(range(4))] * 32, [list(range(14))] * 32
+    weights, cache = sum(map(shape_bytes, part_shapes(config, heads, groups))), cache_bytes(config, heads, 8192)
     devices = [Device("pi", 10, 10, memory=weights + cache + (work.root_bytes if rank == 0 else 0)) for rank in range(8)]
     assert max(best_shares(Cluster(devices), work).heads) == 4
 
@@ -118,7 +119,8 @@ def test_memory_is_counted_as_it_is_taken(counts):
     """Of neighbouring heads, with at most one KV head more than they may need."""
     work = Work.of(SMOLLM2, 100)
     for heads, groups in zip(*counts):
-        weights, cache = share_bytes(SMOLLM2, [list(range(heads))] * 30, [list(range(groups))] * 30, 100)
+        own = [list(range(heads))] * 30, [list(range(groups))] * 30
+        weights, cache = sum(map(shape_bytes, part_shapes(SMOLLM2, *own))), cache_bytes(SMOLLM2, own[0], 100)
         assert 0 <= work.bytes_of(heads, groups) - weights - cache <= work.kv_bytes
     assert work.root_bytes == trunk_bytes(SMOLLM2) == 4 * 576 * 49152
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import shard_index, split_evenly
-from halo_mpi.model.sizes import share_bytes
+from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.memory import BASE_BYTES, Need, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 
@@ -179,7 +179,9 @@ def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
     heads, groups = [[0, 2, 3], [1]], [[0, 2], []]
     layers = [load_layer(store, config, layer, heads[layer], groups[layer]) for layer in range(2)]
     share = Share(config, layers, 40)
-    assert share_bytes(config, heads, groups, 40) == (share.weights_bytes, share.kv_bytes)
+    parts = list(map(shape_bytes, part_shapes(config, heads, groups)))
+    assert [parts[0] + parts[1], parts[2] + parts[3]] == [layer.nbytes for layer in layers] and parts[3] == 0
+    assert cache_bytes(config, heads, 40) == sum(keys.nbytes + values.nbytes for keys, values in share.kv)
 
 
 def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None, machine=None):
@@ -202,5 +204,5 @@ def test_boards_of_one_name_are_not_one_machine():
 
 
 def test_a_share_over_the_budget_names_rank_and_parts():
-    with pytest.raises(MemoryBudgetError, match=r"rank 1 on pi needs 30 MiB \(weights 20 MiB, KV cache 10 MiB\).*10 tokens"):
+    with pytest.raises(MemoryBudgetError, match=r"rank 1 on pi needs at least 30 MiB \(weights 20 MiB, KV cache 10 MiB\).*10 tokens"):
         check_memory([need(0), need(1, weights=20 * 2**20, cache=10 * 2**20, budget=2**20)], 10)

@@ -53,8 +53,9 @@ class RunOptions:
     model: Path
     sync: SyncOptions
     placement: str
-    memory: int | None  # bytes per rank, weights and KV cache
+    memory: int | None  # bytes per rank, weights and KV cache; what they do not hold is read at every token
     threads: int | None
+    load_first: bool
     report: Path | None
     samples: bool
     verbose: bool
@@ -118,7 +119,11 @@ _OPTIONS = (
                       "shares, and of a calibrated model the most important ones on the root, as in auto. FILE: JSON, {\"heads\": [count "
                       "per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: ranks from the most stable to the "
                       "least, for a calibrated model."),
-    click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free."),
+    click.option("--memory", type=Size(),
+                 help="Most memory for weights and KV cache of one rank, e.g. 800M. Weights that it does not hold are read from disk at "
+                      "every token, ahead of their turn. Default: everything is held."),
+    click.option("--load-first", is_flag=True,
+                 help="Read all weights before the first prompt, not while it is computed; for measurements."),
     click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
                  help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
     click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),

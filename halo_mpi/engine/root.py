@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import Crew
@@ -18,6 +17,7 @@ from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
+from halo_mpi.engine.vocabulary import ReadVocabulary
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
 from halo_mpi.engine.predictor import Key, Predictor
@@ -39,11 +39,13 @@ class Root:
     """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
-    `note` is told when a worker is left behind or comes back.
+    `note` is told when a worker is left behind or comes back. `need` is called with 2 * layer before a layer's attention, and with
+    2 * layer + 1 before its FFN: the own weights must be there. `vocabulary`: unless the trunk holds it.
     """
 
     def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks,
-                 sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor):  # fmt: skip
+                 sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor,
+                 need: Callable[[int], None] = lambda part: None, vocabulary: ReadVocabulary | None = None):  # fmt: skip
         self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
@@ -51,7 +53,7 @@ class Root:
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
         self.crew = Crew(config, plan, link, self._relaxed, context, sync.outage_ms / 1e3, note)
-        self.predictor = predictor
+        self.predictor, self._need, self._vocabulary = predictor, need, vocabulary or trunk
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
         self._epoch, self._at = 0, 0  # the sync of the token
@@ -75,7 +77,7 @@ class Root:
             self.crew.begin_text()
             self.predictor.begin_text()
         self._sums.begin_token()
-        x = trunk.embedding[tokens]  # [T, D]
+        x = self._vocabulary.embed(tokens)  # [T, D]
         if self._check:
             self._check.begin(x)
         for layer in range(self._config.layers):
@@ -105,6 +107,7 @@ class Root:
         if bias is not None:
             x = self._add(x, bias[layer])
         if self._even_shares[kind][layer]:
+            self._need(self._at)
             start = time.perf_counter()
             own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
             self._marks.pace(start, self._even_shares[kind][layer])
@@ -276,6 +279,6 @@ class Root:
     def _logits(self, x: torch.Tensor) -> np.ndarray:
         start = time.perf_counter()
         last = rms_norm(x[-1:], self._trunk.final_norm, self._config.norm_eps)
-        logits = F.linear(last, self._trunk.head)[0].numpy()
+        logits = self._vocabulary.logits(last)[0].numpy()
         self.compute_s += time.perf_counter() - start
         return logits

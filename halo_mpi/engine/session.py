@@ -1,6 +1,7 @@
 """Start-up and end of a run, the same code on every rank.
 
-    compare versions -> open the model, compare digests -> (root: read the work) -> connect -> measure -> plan -> check memory -> load
+    compare versions -> open the model, compare digests -> (root: read the work) -> connect -> measure -> plan -> check memory
+    -> begin to load, which goes on while the first prompt is computed
 
 Every step is taken together: a failure on one rank ends all with one line from the root.
 """
@@ -16,23 +17,17 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together
-from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.planning import plan_run
-from halo_mpi.engine.predictor import make_predictor, predictor_bytes
+from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
+from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
-from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Share
-from halo_mpi.model.loading import load_layer, load_trunk
-from halo_mpi.model.sizes import share_bytes, trunk_bytes
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
-from halo_mpi.progress import progress
-from halo_mpi.schedule.memory import Need, available_bytes, check_memory
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
 from halo_mpi.wire.mailbox import Mailbox
@@ -58,42 +53,46 @@ class Session:
         sharpen_timers()
         self.run = self._with_roots_options(run)
         self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
-        self.store = self._together(lambda: ModelStore(self.run.model))
+        self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
-        self.config = self._together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
-        return self._together(lambda: step() if self.is_root else None)
+        return self.together(lambda: step() if self.is_root else None)
 
-    def _together(self, step: Callable[[], T]) -> T:
+    def together(self, step: Callable[[], T]) -> T:
         return together(self.comm, step, self.run.verbose)
 
     def load(self, context: int | None) -> None:
-        """Connect, plan, check memory and load this rank's share (collective); `context`: the root's longest text."""
+        """Connect, plan, check memory and begin to load this rank's share (collective); `context`: the root's longest text."""
         begin = time.perf_counter()
-        self.context = broadcast(self.comm, context)
+        self.context, self.load_s, self.weights = broadcast(self.comm, context), None, None
+
+        def loaded() -> None:
+            self.load_s = time.perf_counter() - begin
+            self.event("weights loaded")
+
         self.connect()
         try:
             self.plan = plan_run(self)
-            self._check_memory()
-            self.share, trunk = self._together(self._read_weights)
+            self.weights = Weights(self, loaded)
             predictor = self.on_root(
                 lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self.uses_calibration)
             )
         except AgreedError:
+            if self.weights:
+                self.weights.close()
             self._mailbox.close()
             raise
-        self._weights_bytes = self.share.weights_bytes + (trunk.nbytes if trunk else 0)
-        self.load_s = time.perf_counter() - begin
-        self.event("weights loaded")
+        weights = self.weights
         self.root = self.worker = None
         if self.is_root:
             self.root = Root(
                 self.config,
-                trunk,
-                self.share,
+                weights.trunk,
+                weights.share,
                 self.plan,
                 self.link,
                 self.marks,
@@ -101,10 +100,14 @@ class Session:
                 self.context,
                 self.event,
                 predictor,
+                weights.loader.need,
+                weights.vocabulary,
             )
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
-            self.worker = Worker(self.link, self.share, self.marks, even_shares(self.plan, self.comm.rank, self.comm.size))
+            weights.loader.meanwhile = self.link.hear
+            shares = even_shares(self.plan, self.comm.rank, self.comm.size)
+            self.worker = Worker(self.link, weights.share, self.marks, shares, weights.loader.need)
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
@@ -171,12 +174,13 @@ class Session:
         """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
         if self.is_root:
             self.link.stop()
+        self.weights.close()
         mine = {
             "rank": self.comm.rank,
             "host": self.host,
             "groups": sum(map(len, self.plan.groups(self.comm.rank))),
             "heads": sum(map(len, self.plan.query_heads(self.comm.rank))),
-            "weights_bytes": self._weights_bytes,
+            **self.weights.to_dict(),
             "rss_bytes": psutil.Process().memory_info().rss,
             "compute_s": (self.root or self.worker).compute_s,
             "paced": self.marks.current_pace(),
@@ -207,39 +211,7 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
-        shared = broadcast(self.comm, {name: getattr(run, name) for name in ("placement", "memory", "threads", "verbose")})
-        return replace(run, sync=sync, **shared)
-
-    def _check_memory(self) -> None:
-        heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
-        weights, cache = share_bytes(self.config, heads, groups, self.context)
-        weights += trunk_bytes(self.config) if self.is_root else 0
-        if self.is_root and self.run.sync.mode == "relaxed":
-            cache += history_bytes(self.config.layers, self.context, self.config.hidden)
-            weights += predictor_bytes(self.store, self.config, self.plan, self.uses_calibration)
-        mine = Need(
-            self.comm.rank,
-            self.host,
-            self.machine,
-            weights,
-            cache,
-            psutil.Process().memory_info().rss,
-            available_bytes(),
-            self.run.memory,
+        shared = broadcast(
+            self.comm, {name: getattr(run, name) for name in ("placement", "memory", "threads", "load_first", "verbose")}
         )
-        needs = gather(self.comm, {name: getattr(mine, name) for name in Need.__slots__})
-        self.on_root(lambda: check_memory([Need(**need) for need in needs], self.context))
-
-    def _read_weights(self):
-        heads, groups = self.plan.query_heads(self.comm.rank), self.plan.groups(self.comm.rank)
-        steps = range(self.config.layers)
-        if self.is_root:
-            steps = progress(steps, self.config.layers, "loading weights")
-        try:
-            layers = [load_layer(self.store, self.config, layer, heads[layer], groups[layer]) for layer in steps]
-            trunk = load_trunk(self.store, self.config) if self.is_root else None
-            return Share(self.config, layers, self.context), trunk
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it cannot allocate
-            if isinstance(error, RuntimeError) and "alloc" not in str(error):
-                raise
-            raise HaloError("memory ran out while loading weights; use more ranks or a smaller model") from error
+        return replace(run, sync=sync, **shared)

@@ -5,6 +5,7 @@ leaves out what the root can no longer use: the output of old attention, and old
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -18,10 +19,14 @@ APPEND_SHARE = 0.25  # of an attention request's time, for a lab's pace: two of 
 
 
 class Worker:
-    """Answers the root's requests. `even_shares` is for the lab's pace; `compute_s` counts the seconds of computing."""
+    """Answers the root's requests. `even_shares` is for the lab's pace; `compute_s` counts the seconds of computing.
 
-    def __init__(self, link: WorkerLink, share: Share, marks: Marks, even_shares: dict[Kind, list[float]]):
-        self._link, self._share, self._marks, self._even_shares = link, share, marks, even_shares
+    `need` is called with 2 * layer before a layer's attention, and with 2 * layer + 1 before its FFN: their weights must be there.
+    """
+
+    def __init__(self, link: WorkerLink, share: Share, marks: Marks, even_shares: dict[Kind, list[float]],
+                 need: Callable[[int], None] = lambda part: None):  # fmt: skip
+        self._link, self._share, self._marks, self._even_shares, self._need = link, share, marks, even_shares, need
         self.compute_s = 0.0
 
     def run(self) -> None:
@@ -36,6 +41,8 @@ class Worker:
         request = self._link.next()
         if request is None:
             return False
+        if self._link.is_current(request) and (request.kind != Kind.FFN or self._link.is_useful(request)):
+            self._need(2 * request.layer + (request.kind == Kind.FFN))
         begin = time.perf_counter()
         y, pace = self._compute(request) if self._link.is_current(request) else (None, 0.0)
         if pace:

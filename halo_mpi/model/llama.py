@@ -55,14 +55,6 @@ class Share:
         cos, sin = config.rotary_tables(context)
         self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)  # [context, head_dim / 2]
 
-    @property
-    def weights_bytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.kv)
-
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
         return F.linear(self.mix(layer, x, position), self.layers[layer].o)
@@ -115,15 +107,23 @@ class Share:
 
 @dataclass(slots=True)
 class Trunk:
-    """What only the root holds: the vocabulary and the norms."""
+    """What only the root holds: the vocabulary, unless it is read at every token, and the norms."""
 
-    embedding: torch.Tensor  # [V, D]
-    head: torch.Tensor  # [V, D], the same tensor if tied
+    embedding: torch.Tensor  # [V, D], or empty
+    head: torch.Tensor  # [V, D], the same tensor if tied, or empty
     attention_norms: torch.Tensor  # [layers, D]
     ffn_norms: torch.Tensor  # [layers, D]
     final_norm: torch.Tensor  # [D]
     o_bias: torch.Tensor | None  # [layers, D]
     down_bias: torch.Tensor | None  # [layers, D]
+
+    def embed(self, tokens: list[int]) -> torch.Tensor:
+        """The residual vectors [T, D] with which tokens begin."""
+        return self.embedding[tokens]
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, V] for the normed residual vectors x [T, D]."""
+        return F.linear(x, self.head)
 
     @property
     def nbytes(self) -> int:

@@ -26,7 +26,7 @@ class Need:
     rank: int
     host: str
     machine: str  # two hosts of one name are two machines
-    weights: int
+    weights: int  # that stay in memory, with the room for others
     cache: int
     resident: int  # already taken by the program itself
     available: int  # free on the host, shared by its ranks
@@ -68,13 +68,13 @@ def _memory_groups() -> list[Path]:
 
 
 def check_memory(needs: list[Need], context: int) -> None:
-    """Raise MemoryBudgetError if a rank's share is over its `--memory`, or the ranks of a host together over what is free."""
+    """Raise MemoryBudgetError if a rank needs more than its `--memory`, or the ranks of a host together more than is free."""
     advice = f"use more ranks or hosts, a smaller model, or fewer --max-tokens (KV cache of {context} tokens)"
     for need in needs:
         total = need.weights + need.cache
         if need.budget is not None and total > need.budget:
             raise MemoryBudgetError(
-                f"rank {need.rank} on {need.host} needs {mebibytes(total)} ({_parts(need)}) but --memory allows "
+                f"rank {need.rank} on {need.host} needs at least {-(-total // 2**20)} MiB ({_parts(need)}) but --memory allows "
                 f"{mebibytes(need.budget)}; {advice}"
             )
     for machine in sorted({need.machine for need in needs}):
@@ -87,7 +87,7 @@ def check_memory(needs: list[Need], context: int) -> None:
             raise MemoryBudgetError(
                 f"host {here[0].host} (rank {ranks}) needs {mebibytes(total)} (weights {mebibytes(sum(n.weights for n in here))}, "
                 f"KV cache {mebibytes(sum(n.cache for n in here))}, programs {mebibytes(programs)}) "
-                f"but has {mebibytes(free)} free; {advice}"
+                f"but has {mebibytes(free)} free; {advice}, or --memory, to read weights from disk at every token"
             )
 
 

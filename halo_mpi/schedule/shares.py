@@ -122,7 +122,10 @@ def fits(cluster: Cluster, work: Work, counts: Counts) -> bool:
 
 
 def _why_not(cluster: Cluster, work: Work) -> str:
-    root, advice = cluster.devices[0].memory, "use more devices, fewer tokens of context or a smaller model"
+    root, advice = (
+        cluster.devices[0].memory,
+        "use more devices, fewer tokens of context or a smaller model, or read from disk: generate --memory",
+    )
     if root is not None and root < work.root_bytes:
         return f"the root's memory, {mebibytes(root)}, does not hold what it needs beside its share, {mebibytes(work.root_bytes)}; {advice}"
     needed = work.bytes_of(work.heads, work.groups) + work.root_bytes

@@ -51,10 +51,14 @@ class WorkerLink:
 
     def next(self) -> Request | None:
         """The oldest request that is not done yet; None if there is none now."""
+        self.hear()
+        return self._queue.popleft() if self._queue else None
+
+    def hear(self) -> None:
+        """Take in what has come, and answer pings and kicks."""
         for _, message in self._mailbox.poll():
             self._waiter.heard()
             self._take(message)
-        return self._queue.popleft() if self._queue else None
 
     def is_current(self, request: Request) -> bool:
         """Whether the request belongs to the text that is worked at."""

@@ -1,0 +1,164 @@
+"""A share that is larger than its memory: python -m bench.budget [--json FILE]
+
+All heads and groups of the model on one rank, without the vocabulary, on one thread, for weights stored as f32 and as int4 and with
+a part of them staying in memory; the rest is read again at every token. In turns in one run: a token with all weights in memory
+(computing), the reading of what does not stay without computing (reading), and both at once, as the program does it. Cold: the
+model's files are taken out of the page cache before each of them.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from bench.load import CACHES, COLD_ENOUGH, SOURCE, prepare
+from bench.modes import Names, Numbers
+from bench.results import Results, run_benchmark, shared_options
+from bench.rounds import conclude, failures, measure
+from bench.shapes import config_of
+from bench.tables import Table, number
+from halo_mpi.convert import write_model
+from halo_mpi.engine.loader import Loader
+from halo_mpi.model.llama import Share
+from halo_mpi.model.loading import share_parts
+from halo_mpi.model.sizes import shape_bytes
+from halo_mpi.schedule.residence import reside
+from halo_mpi.sources import open_source
+from halo_mpi.store.encoding import DTYPES
+from halo_mpi.store.reader import ModelStore
+
+CONTEXT = 64  # tokens in the KV cache
+TOKENS = 12  # of each kind
+
+
+@contextmanager
+def loading(model: Path, held: float):
+    """A share of everything, of whose weights so much stays, and its loader."""
+    store, config = ModelStore(model), config_of(model)
+    heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
+    layers, parts = share_parts(store, config, heads, groups)
+    sizes = [shape_bytes(part.shapes) for part in parts]
+    loader = Loader(parts, reside(sizes, int(held * sum(sizes))))
+    loader.load()
+    try:
+        yield Share(config, layers, CONTEXT), loader
+    finally:
+        loader.close()
+        store.close()
+
+
+def token_ms(share: Share, loader: Loader, compute: bool) -> float:
+    """One pass over the layers; without computing, their parts are only needed."""
+    x, begin = torch.full((1, share.config.hidden), 0.5), time.perf_counter()
+    for layer in range(share.config.layers):
+        for part, product in (
+            (2 * layer, lambda: share.attention(layer, x, CONTEXT - 1)),
+            (2 * layer + 1, lambda: share.ffn(layer, x)),
+        ):
+            loader.need(part)
+            if compute:
+                product()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def run_budget(cell: dict, model: Path) -> dict:
+    began = time.perf_counter()
+    times: dict[str, list[float]] = {"compute_ms": [], "read_ms": [], "both_ms": []}
+    error = None
+    with loading(model, 1.0) as (whole, all_held), loading(model, cell["held"]) as (share, loader):
+        kinds: dict[str, Callable[[], float]] = {
+            "compute_ms": lambda: token_ms(whole, all_held, True),
+            "read_ms": lambda: token_ms(share, loader, False),
+            "both_ms": lambda: token_ms(share, loader, True),
+        }
+        for _ in range(TOKENS + 1):
+            for name, once in kinds.items():
+                left = prepare(model, cell["cache"])
+                if cell["cache"] == "cold" and left > COLD_ENOUGH:
+                    error = f"{left:.0%} of the model cannot be dropped from the page cache here"
+                times[name].append(round(once(), 3))
+        streamed = loader.residence.streamed_bytes
+    kept = {name: taken[1:] for name, taken in times.items()}  # the first warms up
+    return {
+        "status": "failed" if error else "ok",
+        "error": error,
+        "wall_s": time.perf_counter() - began,
+        "streamed_bytes": streamed,
+    } | kept
+
+
+def medians(run: dict) -> tuple[float, float, float]:
+    return tuple(float(np.median(run[name])) for name in ("compute_ms", "read_ms", "both_ms"))
+
+
+def ratio(run: dict) -> float:
+    compute, read, both = medians(run)
+    return both / max(compute, read)
+
+
+def table(content: dict) -> Table:
+    columns = ["dtype", "cache", "held", "read again", "computing", "reading", "both", "both / the longer", "least .. most"]
+    drawn = Table("Weights that do not stay in memory, ms per token, medians", columns, texts=2)
+    found: dict[tuple, list[dict]] = {}
+    for run in content["runs"]:
+        if run["status"] == "ok":
+            found.setdefault((run["dtype"], run["cache"], run["held"]), []).append(run)
+    for (dtype, cache, held), runs in found.items():
+        typical = np.median([medians(run) for run in runs], axis=0)
+        ratios = [ratio(run) for run in runs]
+        drawn.rows.append(
+            [dtype, cache, f"{held:.0%}", f"{runs[0]['streamed_bytes'] / 1e6:.0f} MB", *(number(ms) for ms in typical),
+             number(float(np.median(ratios))), f"{min(ratios):.2f} .. {max(ratios):.2f}"]
+        )  # fmt: skip
+    drawn.notes.append("read again: bytes of f32 weights that each token reads and decodes anew")
+    drawn.notes += failures(content, name_of)
+    return drawn
+
+
+def name_of(cell: dict) -> str:
+    return f"{cell['dtype']}, {cell['cache']}, {cell['held']:.0%} held, repeat {cell['repeat'] + 1}"
+
+
+def line_of(run: dict) -> str:
+    return f"{name_of(run)}: {ratio(run):.2f} times the longer of {medians(run)[0]:.0f} ms computing and {medians(run)[1]:.0f} ms reading"
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--source", type=click.Path(path_type=Path), default=SOURCE, help="GGUF file or folder. [default: the demo model's]"
+)
+@click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+@click.option(
+    "--held", type=Numbers(float, 0, 1), default="0.9,0.5,0.25", show_default=True, help="Shares of the weights that stay."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@shared_options("minutes", "json", minutes=15)
+def main(source, dtypes, held, repeats, minutes, out) -> int:
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory(prefix="halo-budget-", dir=source.parent if source.exists() else None) as name,
+        open_source(source) as opened,
+    ):
+        models = {dtype: Path(name) / f"{dtype}.halo" for dtype in dtypes}
+        for dtype, model in models.items():
+            write_model(opened, model, dtype, 4)
+        results = Results("budget", out, 0, model=opened.config.name, dtypes=dtypes, held=held, repeats=repeats, tokens=TOKENS)
+        groups = [
+            [{"dtype": dtype, "cache": cache, "held": part, "repeat": repeat}]
+            for repeat in range(repeats)
+            for dtype in dtypes
+            for cache in CACHES
+            for part in held
+        ]
+        measure(groups, lambda cell: run_budget(cell, models[cell["dtype"]]), line_of, lambda cell: 15, minutes, results)
+    return conclude(results, table, lambda *_: None, None)
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
