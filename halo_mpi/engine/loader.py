@@ -116,7 +116,7 @@ class Loader:
             return None
 
     def _wanted(self) -> int | None:
-        """The first part, from the one that is needed now on, that is not there and has a place. One of its slot's gives way."""
+        """The first part, from the one that is needed now on, that is not there and has a place; what its slot held gives way."""
         parts = range(len(self._parts))
         ahead = [*parts[self._at :], *parts[: self._at]]
         soon = [part for part in ahead if not self.residence.stays[part]][:SLOTS]
