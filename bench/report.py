@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bench import estimates, load, placement, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
+from bench import budget, estimates, load, placement, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -76,6 +76,7 @@ KINDS = {
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
     "load": Kind("Start-up and loading", load.table, load.plot),
+    "budget": Kind("Less memory than weights", budget.table),
     "dtypes": Kind("Storage dtypes", dtypes_table, dtypes_plot),
     "run": Kind("A single run", run_table),
 }
