@@ -218,7 +218,7 @@ def test_environment_reaches_the_ranks(tmp_path):
 @pytest.mark.mpi
 def test_output_streams_while_the_program_runs():
     program = "import time; print('first', flush=True); time.sleep(20)"
-    with start(program) as run:
+    with start(program, ranks=1) as run:
         assert run.stdout.readline() == "first\n"
 
 
@@ -242,7 +242,7 @@ def test_a_killed_run_leaves_nothing_that_a_later_one_could_stumble_over(tmp_pat
     if not mpi_is_open_mpi():
         pytest.skip("only Open MPI has such a folder")
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(50)"
-    with start(program, TMPDIR=str(tmp_path)) as run:
+    with start(program, ranks=1, TMPDIR=str(tmp_path)) as run:
         assert run.stdout.readline() == "1\n"
         assert list(tmp_path.glob("halo-mpirun-*/ompi.*"))
     assert not list(tmp_path.glob("halo-mpirun-*")) and not list(tmp_path.glob("ompi.*"))
