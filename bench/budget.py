@@ -6,7 +6,6 @@ a part of them staying in memory; the rest is read again at every token. In turn
 model's files are taken out of the page cache before each of them.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,19 +15,17 @@ import click
 import numpy as np
 import torch
 
-from bench.load import CACHES, SOURCE, prepare
+from bench.load import CACHES, SOURCE, prepare, stored_as
 from bench.modes import Names, Numbers
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
-from halo_mpi.convert import write_model
 from halo_mpi.engine.loader import Loader
 from halo_mpi.model.llama import Share
 from halo_mpi.model.loading import share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
-from halo_mpi.sources import open_source
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore
 
@@ -142,14 +139,8 @@ def line_of(run: dict) -> str:
 def main(source, dtypes, held, repeats, minutes, out) -> int:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
-    with (
-        tempfile.TemporaryDirectory(prefix="halo-budget-", dir=source.parent if source.exists() else None) as name,
-        open_source(source) as opened,
-    ):
-        models = {dtype: Path(name) / f"{dtype}.halo" for dtype in dtypes}
-        for dtype, model in models.items():
-            write_model(opened, model, dtype, 4)
-        results = Results("budget", out, 0, model=opened.config.name, dtypes=dtypes, held=held, repeats=repeats, tokens=TOKENS)
+    with stored_as(source, dtypes) as (shape, models):
+        results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, tokens=TOKENS)
         groups = [
             [{"dtype": dtype, "cache": cache, "held": part, "repeat": repeat}]
             for repeat in range(repeats)

@@ -8,6 +8,8 @@ would: each a chunk of an HDF5 file, its checksum checked.
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -32,6 +34,19 @@ CACHES = ("warm", "cold")
 LOADING = {"meanwhile": [], "first": ["--load-first"]}
 COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
 TIMEOUT_S = 120.0
+
+
+@contextmanager
+def stored_as(source: Path, dtypes: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Path]]]:
+    """The model's name, and its folders by dtype, beside the source; they are gone afterwards."""
+    with (
+        tempfile.TemporaryDirectory(prefix="halo-bench-", dir=source.parent if source.exists() else None) as name,
+        open_source(source) as opened,
+    ):
+        models = {dtype: Path(name) / f"{dtype}.halo" for dtype in dtypes}
+        for dtype, model in models.items():
+            write_model(opened, model, dtype, 4)
+        yield opened.config.name, models
 
 
 def prepare(model: Path, cache: str) -> float:
@@ -162,14 +177,8 @@ def line_of(run: dict) -> str:
 @shared_options("minutes", "json", "plot", minutes=15)
 def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
     require_matplotlib(png)
-    with (
-        tempfile.TemporaryDirectory(prefix="halo-load-", dir=source.parent if source.exists() else None) as name,
-        open_source(source) as opened,
-    ):
-        models = {dtype: Path(name) / f"{dtype}.halo" for dtype in dtypes}
-        for dtype, model in models.items():
-            write_model(opened, model, dtype, 4)
-        results = Results("load", out, 0, model=opened.config.name, ranks=ranks, dtypes=dtypes, repeats=repeats)
+    with stored_as(source, dtypes) as (shape, models):
+        results = Results("load", out, 0, model=shape, ranks=ranks, dtypes=dtypes, repeats=repeats)
         groups = []
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]

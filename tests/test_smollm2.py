@@ -44,7 +44,7 @@ def expected(reference, tokenizer):
     return [reference.greedy(tokenizer.encode(prompt), TOKENS, banned) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
 def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, expected, ranks, tmp_path):
     from tests.reference import same_until_uncertain
 

@@ -11,7 +11,7 @@ import torch
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights, Trunk, runs_of
 from halo_mpi.model.records import VOCABULARY_BLOCK, vocabulary_blocks
-from halo_mpi.model.sizes import Shapes, attention_shapes, ffn_shapes, head_shapes
+from halo_mpi.model.sizes import Shapes, head_shapes, part_shapes
 from halo_mpi.store.reader import ModelStore
 
 
@@ -44,13 +44,12 @@ def share_parts(
     store: ModelStore, config: ModelConfig, query_heads: list[list[int]], groups: list[list[int]]
 ) -> tuple[list[LayerWeights], list[Part]]:
     """The layers of a share, without room yet, and what they are read in: attention of layer 0, its FFN, attention of layer 1 ..."""
-    none, biases = torch.empty(0), set(store.meta["biases"])
+    none, shapes = torch.empty(0), part_shapes(config, query_heads, groups, set(store.meta["biases"]))
     layers = [LayerWeights(none, None, none, runs_of(own, config.heads_per_kv)[1], none, None, none) for own in query_heads]
     parts = []
     for layer, (weights, heads, own) in enumerate(zip(layers, query_heads, groups)):
-        attention = partial(read_attention, store, config, layer, heads, weights)
-        parts.append(Part(weights, attention_shapes(config, heads, biases), attention))
-        parts.append(Part(weights, ffn_shapes(config, own, biases), partial(read_ffn, store, config, layer, own, weights)))
+        parts.append(Part(weights, shapes[2 * layer], partial(read_attention, store, config, layer, heads, weights)))
+        parts.append(Part(weights, shapes[2 * layer + 1], partial(read_ffn, store, config, layer, own, weights)))
     return layers, parts
 
 
