@@ -13,7 +13,8 @@ import numpy as np
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import make_predictor
-from halo_mpi.engine.root import Root, even_shares
+from halo_mpi.engine.holdings import Holdings
+from halo_mpi.engine.root import Root
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share
@@ -59,10 +60,10 @@ class Box:
         self._arriving: dict[int, deque] = {}
         self.most_waiting = 0
 
-    def post(self, peers, kind, seq, layer=0, position=0, x=None, epoch=0, lag=0, wire=None) -> None:
+    def post(self, peers, kind, seq, layer=0, position=0, x=None, epoch=0, lag=0, plan=0, wire=None) -> None:
         for peer in peers:
             message = Message(*self._shape)
-            message.write(seq, kind, layer, position, x, wire or "f32", epoch, lag)
+            message.write(seq, kind, layer, position, x, wire or "f32", epoch, lag, plan)
             quick = kind in (Kind.PING, Kind.STOP)
             self.peers[peer].deliver(self.rank, message, 0.0 if quick else next(self.delays))
 
@@ -85,7 +86,14 @@ class Simulation:
     """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds."""
 
     def __init__(
-        self, model: Path, ranks: int, sync: SyncOptions, delays: list[list[float]], stalls: list[list[float]], context: int
+        self,
+        model: Path,
+        ranks: int,
+        sync: SyncOptions,
+        delays: list[list[float]],
+        stalls: list[list[float]],
+        context: int,
+        moves: bool = False,
     ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
@@ -95,7 +103,7 @@ class Simulation:
         boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [
             Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
         ]
-        self.shares = [self._share(store, plan, rank, context) for rank in range(ranks)]
+        self.holdings = [self._holdings(store, plan, rank, ranks, context) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):
             boxes[rank].rank, boxes[rank].peers = rank, {0: boxes[0]}
@@ -103,20 +111,22 @@ class Simulation:
             outward.peers = {rank: boxes[rank]}
             boxes[0].peers[rank] = _Direction(outward, rank)
             link = WorkerLink(boxes[rank], self.clock)
-            self.workers[rank] = Worker(link, self.shares[rank], Marks(None, rank), even_shares(plan, rank, ranks))
+            self.workers[rank] = Worker(link, self.holdings[rank], Marks(None, rank))
             self.clock.turns.append(_turns(self.clock, self.workers[rank], link, itertools.cycle(stalls[rank])))
         workers = list(range(1, ranks))
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
         trunk = load_trunk(store, config)
-        self.root = Root(config, trunk, self.shares[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor)
-        store.close()
+        self.root = Root(
+            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor, None, moves
+        )
+        self.store = store
 
-    def _share(self, store, plan, rank, context) -> Share:
+    def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)
         layers = [load_layer(store, self.config, layer, heads[layer], groups[layer]) for layer in range(self.config.layers)]
-        return Share(self.config, layers, context)
+        return Holdings(store, Share(self.config, layers, context), heads, groups, ranks)
 
     def text(self, ids: list[int], prefill: int) -> np.ndarray:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""

@@ -9,7 +9,7 @@ from halo_mpi.engine.shares import WorkShares
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.estimate import LowRankEstimates, estimate_bytes
 from halo_mpi.predict.importance import LEAST_SENSITIVITY, PredictedShares, relative_costs
-from halo_mpi.schedule.placement import make_plan
+from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
@@ -18,14 +18,17 @@ FFN, ATTENTION = ((Kind.FFN, 0, 1), 5), ((Kind.ATTENTION, 0, 1), 5)  # key and p
 NOTHING = np.zeros((1, 1), np.float32)
 
 
+NO_PLAN = Plan("", np.zeros((1, 1), int), np.zeros((1, 1), int))
+
+
 def test_before_the_first_answer_the_estimate_is_zero():
-    means = RunningMeans(3)
+    means = RunningMeans(3, NO_PLAN)
     means.observe(*ATTENTION, NOTHING, np.ones((1, 3), np.float32))
     assert means.estimate(*FFN, NOTHING).tolist() == [0, 0, 0]
 
 
 def test_the_estimate_is_the_mean_of_what_came():
-    means, y = RunningMeans(4), np.random.default_rng(0).standard_normal((MEMORY, 4), np.float32)
+    means, y = RunningMeans(4, NO_PLAN), np.random.default_rng(0).standard_normal((MEMORY, 4), np.float32)
     for row in y[:40]:
         means.observe(*FFN, NOTHING, row[None])
     means.observe(*FFN, NOTHING, y[40:])  # a prompt's rows count one by one
@@ -33,7 +36,7 @@ def test_the_estimate_is_the_mean_of_what_came():
 
 
 def test_old_answers_fade():
-    means, y = RunningMeans(1), np.zeros((1, 1), np.float32)
+    means, y = RunningMeans(1, NO_PLAN), np.zeros((1, 1), np.float32)
     for _ in range(10 * MEMORY):
         means.observe(*FFN, NOTHING, y)
     for _ in range(3 * MEMORY):
@@ -42,7 +45,7 @@ def test_old_answers_fade():
 
 
 def test_the_last_answer_counts_in_attention():
-    means, y = RunningMeans(2), np.array([[0, 8], [0, 0], [4, 0], [4, 0]], np.float32)
+    means, y = RunningMeans(2, NO_PLAN), np.array([[0, 8], [0, 0], [4, 0], [4, 0]], np.float32)
     for row in y:
         means.observe(*ATTENTION, NOTHING, row[None])
     assert means.estimate(*ATTENTION, NOTHING) == pytest.approx([2 + 2 * ATTENTION_LAST, 2 - 2 * ATTENTION_LAST])
@@ -50,7 +53,7 @@ def test_the_last_answer_counts_in_attention():
 
 @pytest.mark.parametrize("key", [FFN, ATTENTION])
 def test_an_estimate_stays_what_it_was(key):
-    means, y = RunningMeans(2), np.ones((1, 2), np.float32)
+    means, y = RunningMeans(2, NO_PLAN), np.ones((1, 2), np.float32)
     means.observe(*key, NOTHING, y)
     first = means.estimate(*key, NOTHING)
     means.observe(*key, NOTHING, 3 * y)
@@ -81,7 +84,7 @@ def one_by_one(store, config, plan, kind, layer, rank, x) -> np.ndarray:
 @pytest.mark.parametrize("kind", [Kind.FFN, Kind.ATTENTION])
 def test_a_workers_estimate_is_the_sum_of_its_groups_and_heads(of_four, kind):
     store, config, plan = of_four
-    estimates = LowRankEstimates(*of_four, 4)
+    estimates = LowRankEstimates(of_four[0], of_four[2])
     x = np.random.default_rng(1).standard_normal((1, config.hidden), np.float32)
     owners = plan.ffn if kind == Kind.FFN else plan.query
     for layer in range(config.layers):
@@ -93,7 +96,7 @@ def test_a_workers_estimate_is_the_sum_of_its_groups_and_heads(of_four, kind):
 
 def test_the_last_answer_tells_of_the_estimates_error_as_long_as_it_is_new(of_four):
     store, config, plan = of_four
-    estimates, key = LowRankEstimates(*of_four, 4), (Kind.ATTENTION, 1, 3)
+    estimates, key = LowRankEstimates(of_four[0], of_four[2]), (Kind.ATTENTION, 1, 3)
     x, y = np.random.default_rng(2).standard_normal((2, 1, config.hidden), np.float32)
     memory, plain = float(estimates._maps[key][3]), estimates.estimate(key, 4, x)
     assert 0 < memory < 1

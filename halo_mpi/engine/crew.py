@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 
 from halo_mpi.engine.history import AttentionInputs
-from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
@@ -53,18 +52,28 @@ class Patience:
         self.waited_s, self.not_before = 0.0, now + self.pause_s
 
 
+def workers_of(plan: Plan) -> dict[Kind, list[list[int]]]:
+    """The workers that have a part in each layer's attention and FFN."""
+    owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+    return {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
+
+
 class Crew:
-    def __init__(self, config: ModelConfig, plan: Plan, link: RootLink, relaxed: bool, context: int, outage_s: float,
-                 note: Callable[[str], None]):  # fmt: skip
+    """`history`: keeps what attention workers that were away, or get other heads, must be sent; None: nobody ever is or does."""
+
+    def __init__(self, plan: Plan, link: RootLink, history: AttentionInputs | None, outage_s: float, note: Callable[[str], None]):
         self._link, self._outage_s, self._note = link, outage_s, note
-        owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
-        self._workers = {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
         self._patience = {rank: Patience() for rank in link.workers}
-        self._history = None
-        if relaxed and any(self._workers[Kind.ATTENTION]):
-            self._history = AttentionInputs(config.layers, context, config.hidden, self._workers[Kind.ATTENTION])
+        self.history = history
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Who has which part is told by this plan from now on."""
+        self._workers = workers_of(plan)
+        if self.history:
+            self.history.follow(self._workers[Kind.ATTENTION])
 
     def asked(self, kind: Kind, layer: int) -> tuple[list[int], list[int]]:
         """The workers that have a part in this sync, and those of them that are asked to do it."""
@@ -124,6 +133,11 @@ class Crew:
         """Whether the worker is behind or away."""
         return rank in self._left_at
 
+    def away_for(self, seconds: float) -> set[int]:
+        """The workers that have been behind or away for so long."""
+        now = self._link.waiter.now()
+        return {rank for rank, left_at in self._left_at.items() if now - left_at >= seconds}
+
     def state(self, rank: int) -> str:
         """As the report has it."""
         return "suspended" if rank in self._left_at else "ok"
@@ -154,14 +168,14 @@ class Crew:
             self._link.judge(rank)
         self._left_at.clear()
         self._away.clear()
-        if self._history:
-            self._history.begin_text()
+        if self.history:
+            self.history.begin_text()
 
     def sent_attention(self, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> None:
-        if self._history:
-            self._history.keep(layer, position, normed, workers)
+        if self.history:
+            self.history.keep(layer, position, normed, workers)
 
-    def welcome_back(self, position: int, layer: int, epoch: int) -> None:
+    def welcome_back(self, position: int, layer: int, epoch: int, plan: int) -> None:
         """Before the attention of a layer: who is heard again is present, after it was sent what it missed."""
         for rank in list(self._left_at):
             peer = self._link.peers[rank]
@@ -170,7 +184,7 @@ class Crew:
             if rank in self._away:
                 if peer.kicks_in_flight or peer.replays or self._link.waiter.now() < self._patience[rank].not_before:
                     continue
-                if self._history and not self._history.replay(self._link, rank, position, layer, epoch):
+                if self.history and not self.history.replay(self._link, rank, position, layer, epoch, plan):
                     continue
                 self._away.remove(rank)
                 self._link.catch_up(rank)

@@ -1,8 +1,9 @@
-"""Inputs of attention, kept by the root, so that a worker that was cut off gets the K and V that it missed."""
+"""Inputs of attention, kept by the root, for a worker that was cut off and missed K and V, and for one that gets other heads."""
 
 import numpy as np
 import torch
 
+from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
 
 CHUNK_BYTES = 32 * 2**10  # of one message: below the size from which MPI waits for the receiver
@@ -11,39 +12,63 @@ LAST_ROWS = 64  # so few may still be under way when a worker is asked again: it
 F16_MAX = 65504.0
 
 
-def history_bytes(layers: int, context: int, width: int) -> int:
-    return layers * context * width * 2
+def history_bytes(layers: int, context: int, width: int, wire: str) -> int:
+    return layers * context * width * (4 if wire == "f32" else 2)
 
 
 class AttentionInputs:
-    """Normed inputs of every attention layer, f16 [layers, context, D], and which of them each worker was sent."""
+    """Normed inputs of every attention layer, [layers, context, D], and which of them each worker was sent.
 
-    def __init__(self, layers: int, context: int, width: int, workers: list[list[int]]):
+    They are kept, and sent again, in f32 if that is on the wire, else in f16.
+    """
+
+    def __init__(self, layers: int, context: int, width: int, workers: list[list[int]], ranks: int, wire: str):
         """`workers`: those that hold heads, by layer."""
-        self._rows = torch.zeros(layers, context, width, dtype=torch.float16)
+        self._wire = "f32" if wire == "f32" else "f16"
+        self._rows = torch.zeros(layers, context, width, dtype=torch.float32 if self._wire == "f32" else torch.float16)
         self._workers = workers
-        self._sent = {rank: np.zeros(layers, int) for rank in sorted(set().union(*workers))}  # rows, by layer
-        self._chunk = max(1, min(64, CHUNK_BYTES // (2 * width)))
+        self._sent = {rank: np.zeros(layers, int) for rank in range(1, ranks)}  # rows, by layer
+        self._row_bytes = width * self._rows.element_size()
+        self._chunk = max(1, min(64, CHUNK_BYTES // self._row_bytes))
 
     def begin_text(self) -> None:
         for sent in self._sent.values():
             sent[:] = 0
 
+    def follow(self, workers: list[list[int]]) -> None:
+        """Others hold heads from now on."""
+        self._workers = workers
+
     def keep(self, layer: int, position: int, normed: torch.Tensor, sent_to: list[int]) -> None:
         """normed f32 [T, D] was the layer's input, and these workers were sent it."""
         end = position + len(normed)
-        self._rows[layer, position:end] = normed.clamp(-F16_MAX, F16_MAX)
+        self._rows[layer, position:end] = normed if self._wire == "f32" else normed.clamp(-F16_MAX, F16_MAX)
         for rank in sent_to:
             self._sent[rank][layer] = end
 
-    def replay(self, link: RootLink, rank: int, position: int, next_layer: int, epoch: int) -> bool:
+    def rows(self, layer: int, start: int, end: int) -> torch.Tensor:
+        """Some of a layer's inputs, f32 [end - start, D]."""
+        return self._rows[layer, start:end].float()
+
+    def refill(self, link: RootLink, rank: int, layer: int, start: int, end: int, epoch: int, plan: int) -> None:
+        """Send a worker some of a layer's inputs, for heads that it will have."""
+        for first in range(start, end, self._chunk):
+            rows = self.rows(layer, first, min(end, first + self._chunk)).numpy()
+            link.replay(rank, Kind.REFILL, layer, first, rows, epoch, plan, self._wire)
+        self._sent[rank][layer] = end
+
+    def portion(self, size: int) -> int:
+        """How many rows so many bytes are."""
+        return max(1, size // self._row_bytes)
+
+    def replay(self, link: RootLink, rank: int, position: int, next_layer: int, epoch: int, plan: int) -> bool:
         """Send a worker some of the rows that it lacks; whether these were the last, and few.
 
         The next attention to compute is that of `next_layer` at `position`; the layers before have done theirs.
         """
-        portion = max(LAST_ROWS, PORTION_BYTES // (2 * self._rows.shape[-1]))
+        portion = max(LAST_ROWS, self.portion(PORTION_BYTES))
         left = portion
-        for layer, sent in enumerate(self._sent.get(rank, np.empty(0, int)).tolist()):
+        for layer, sent in enumerate(self._sent[rank].tolist()):
             if rank not in self._workers[layer]:
                 continue
             rows = position + (layer < next_layer)
@@ -51,7 +76,7 @@ class AttentionInputs:
                 end = min(rows, start + self._chunk, start + left)
                 if end <= start:
                     return False
-                link.replay(rank, layer, start, self._rows[layer, start:end].float().numpy(), epoch)
+                link.replay(rank, Kind.REPLAY, layer, start, self.rows(layer, start, end).numpy(), epoch, plan, self._wire)
                 self._sent[rank][layer] = end
                 left -= end - start
         return portion - left <= LAST_ROWS

@@ -65,6 +65,18 @@ class Loader:
             self.meanwhile()
         self.waited_s += time.perf_counter() - begin
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything is there, and will stay."""
+        return self._complete
+
+    def is_done(self) -> bool:
+        """The same. Raises what reading raised."""
+        with self._changed:
+            if self._error:
+                raise self._error
+            return self._complete
+
     def load(self) -> None:
         """Wait for every part in its turn."""
         for part in range(len(self._parts)):

@@ -53,6 +53,7 @@ class RunOptions:
     model: Path
     sync: SyncOptions
     placement: str
+    moves: bool
     memory: int | None  # bytes per rank, weights and KV cache; what they do not hold is read at every token
     threads: int | None
     load_first: bool
@@ -119,6 +120,9 @@ _OPTIONS = (
                       "shares, and of a calibrated model the most important ones on the root, as in auto. FILE: JSON, {\"heads\": [count "
                       "per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: ranks from the most stable to the "
                       "least, for a calibrated model."),
+    click.option("--moves/--no-moves", default=True, show_default=True,
+                 help="With --placement auto: work moves to other ranks while text flows, if a device or its link becomes slow or lossy, "
+                      "and back when it recovers."),
     click.option("--memory", type=Size(),
                  help="Most memory for weights and KV cache of one rank, e.g. 800M. Weights that it does not hold are read from disk at "
                       "every token, ahead of their turn. Default: everything is held."),

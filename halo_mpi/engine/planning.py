@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -37,13 +38,26 @@ def measure(session: Session) -> Cluster | None:
     return measure_cluster(session.comm, session.config, session.marks, session.link, about)
 
 
-def plan_run(session: Session) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a plan was made from, for another one when the devices change; on the root, if they were measured."""
+
+    cluster: Cluster
+    work: Work
+    advice: Advice
+    disks: list[dict[str, set[int]]]
+
+
+def plan_run(session: Session) -> tuple[Plan, Basis | None]:
     """The plan that `--placement` asks for (collective)."""
     comm, config, wanted = session.comm, session.config, session.run.placement
     disks = gather(comm, {table: sorted(session.store.entries(table)) for table in ("query", "ffn")})
     cluster = measure(session) if wanted == "auto" and comm.size > 1 else None
 
+    basis: Basis | None = None
+
     def decide() -> Plan:
+        nonlocal basis
         found = session.store.meta.get("calibration")
         work = Work.of(config, session.context, _root_extra(session))
         try:
@@ -53,22 +67,24 @@ def plan_run(session: Session) -> Plan:
         available = [{table: set(entries) for table, entries in disk.items()} for disk in disks]
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
+            basis = Basis(cluster, work, advice, available)
             session.scheduler = as_json(config, cluster, work, advice)
             _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
         return plan
 
     plan = session.on_root(decide)
-    return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None))
+    return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None)), basis
 
 
 def _root_extra(session: Session) -> int:
-    """Bytes that relaxed mode takes on the root, at most."""
-    if session.run.sync.mode != "relaxed":
-        return 0
-    config = session.config
+    """Bytes that relaxed mode, and attention inputs kept for a move, take on the root, at most."""
+    config, sync = session.config, session.run.sync
+    history = history_bytes(config.layers, session.context, config.hidden, sync.wire)
+    if sync.mode != "relaxed":
+        return history if session.moves else 0
     elsewhere = Plan("", np.ones((config.layers, config.heads), int), np.ones((config.layers, config.groups), int))
     estimates = predictor_bytes(session.store, config, elsewhere, session.uses_calibration)
-    return history_bytes(config.layers, session.context, config.hidden) + estimates
+    return history + estimates
 
 
 def _explain(session: Session, advice: Advice, shares: Shares) -> None:

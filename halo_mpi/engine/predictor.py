@@ -58,6 +58,15 @@ class Predictor:
         """The answer to x, f32 [1, D], of the token at `position`, as it probably is: f32 [D]."""
         return self._estimates.estimate(key, position, x)
 
+    def load(self, plan: Plan) -> None:
+        """Read what another plan will need, in any thread."""
+        self._estimates.load(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """The workers' parts are those of this plan from now on, which was loaded last."""
+        self._shares.follow(plan)
+        self._estimates.follow(plan)
+
     def begin_text(self) -> None:
         """What came before belongs to another text."""
         self._estimates.begin_text()
@@ -66,8 +75,8 @@ class Predictor:
 def make_predictor(store: ModelStore, config: ModelConfig, plan: Plan, ranks: int, calibration: bool) -> Predictor:
     """`calibration`: use the model's, if it has one."""
     if calibration and store.meta.get("calibration"):
-        return Predictor(PredictedShares(store, config, plan, ranks), LowRankEstimates(store, config, plan, ranks))
-    return Predictor(WorkShares(plan, ranks), RunningMeans(config.hidden))
+        return Predictor(PredictedShares(store, config, plan, ranks), LowRankEstimates(store, plan))
+    return Predictor(WorkShares(plan, ranks), RunningMeans(config.hidden, plan))
 
 
 def predictor_bytes(store: ModelStore, config: ModelConfig, plan: Plan, calibration: bool) -> int:

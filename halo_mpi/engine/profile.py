@@ -133,6 +133,19 @@ def _sample(config: ModelConfig, heads: int, groups: int) -> Share:
     return Share(config, [first, *(layer() for _ in range(layers - 1))], SAMPLE_CONTEXT)
 
 
+class OneGroup:
+    """One FFN group of several layers, for a rank that has no work to tell how fast it is."""
+
+    def __init__(self, config: ModelConfig):
+        self._share, self._x, self._calls = _sample(config, 0, 1), torch.full((1, config.hidden), 0.5), 0
+        self.compute()  # the first time takes longer
+
+    def compute(self) -> None:
+        """What one layer's takes."""
+        self._calls += 1
+        self._share.ffn(self._calls % len(self._share.layers), self._x)
+
+
 def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float]:
     """`link_ms`, `late_rate` and `late_ms` by worker, and what each further worker adds to a sync."""
     x = np.full((1, width), 0.5, np.float32)

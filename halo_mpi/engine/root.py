@@ -12,15 +12,19 @@ import numpy as np
 import torch
 
 from halo_mpi.engine.check import Check
-from halo_mpi.engine.crew import Crew
+from halo_mpi.engine.crew import Crew, workers_of
+from halo_mpi.engine.history import AttentionInputs
+from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.marks import Marks
+from halo_mpi.engine.mover import Mover
 from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
+from halo_mpi.engine.predictor import Key, Predictor
+from halo_mpi.engine.replacer import Replacer
 from halo_mpi.engine.vocabulary import ReadVocabulary
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Share, Trunk, rms_norm
-from halo_mpi.engine.predictor import Key, Predictor
+from halo_mpi.model.llama import Trunk, rms_norm
 from halo_mpi.predict.fits import SINKS
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
@@ -29,31 +33,29 @@ from halo_mpi.wire.root_link import Answer, RootLink
 PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
 
 
-def even_shares(plan: Plan, rank: int, ranks: int) -> dict[Kind, list[float]]:
-    """A rank's part of each layer's work, in even shares: 1.0 is as much as everybody would have."""
-    owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
-    return {kind: ((owner == rank).mean(axis=1) * ranks).tolist() for kind, owner in owners.items()}
-
-
 class Root:
     """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
-    `note` is told when a worker is left behind or comes back. `need` is called with 2 * layer before a layer's attention, and with
-    2 * layer + 1 before its FFN: the own weights must be there. `vocabulary`: unless the trunk holds it.
+    `note` is told when a worker is left behind or comes back, and when work moves. `vocabulary`: unless the trunk holds it. `moves`: work
+    may move.
     """
 
-    def __init__(self, config: ModelConfig, trunk: Trunk, share: Share, plan: Plan, link: RootLink, marks: Marks,
+    def __init__(self, config: ModelConfig, trunk: Trunk, holdings: Holdings, plan: Plan, link: RootLink, marks: Marks,
                  sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor,
-                 need: Callable[[int], None] = lambda part: None, vocabulary: ReadVocabulary | None = None):  # fmt: skip
-        self._config, self._trunk, self._share, self._link, self._marks = config, trunk, share, link, marks
+                 vocabulary: ReadVocabulary | None = None, moves: bool = False):  # fmt: skip
+        self._config, self._trunk, self._holdings, self._link, self._marks = config, trunk, holdings, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
-        self._even_shares = even_shares(plan, 0, link.ranks)
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        self.crew = Crew(config, plan, link, self._relaxed, context, sync.outage_ms / 1e3, note)
-        self.predictor, self._need, self._vocabulary = predictor, need, vocabulary or trunk
+        history = None
+        if link.workers and (moves or self._relaxed and any(workers_of(plan)[Kind.ATTENTION])):
+            history = AttentionInputs(config.layers, context, config.hidden, [], link.ranks, sync.wire)
+        self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note)
+        self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
+        self.replacer: Replacer | None = None
+        self.predictor, self._vocabulary = predictor, vocabulary or trunk
         self._check = Check() if sync.check else None
         self._corrections: list[np.ndarray] = []
         self._epoch, self._at = 0, 0  # the sync of the token
@@ -76,6 +78,10 @@ class Root:
             self._epoch = (self._epoch + 1) % EPOCHS
             self.crew.begin_text()
             self.predictor.begin_text()
+        if self.replacer and decoding:
+            self.replacer.before_token()
+        if decoding or position == 0:
+            self.mover.before_token(position, self._epoch)
         self._sums.begin_token()
         x = self._vocabulary.embed(tokens)  # [T, D]
         if self._check:
@@ -101,17 +107,20 @@ class Root:
         if self._relaxed and decoding:
             self._stop_asking(kind, layer)
             if kind == Kind.ATTENTION:
-                self.crew.welcome_back(position, layer, self._epoch)
+                self.crew.welcome_back(position, layer, self._epoch, self.mover.number)
         workers, asked = self.crew.asked(kind, layer)
         seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
             x = self._add(x, bias[layer])
-        if self._even_shares[kind][layer]:
-            self._need(self._at)
-            start = time.perf_counter()
-            own = self._share.attention(layer, normed, position) if kind == Kind.ATTENTION else self._share.ffn(layer, normed)
-            self._marks.pace(start, self._even_shares[kind][layer])
-            self.compute_s += time.perf_counter() - start
+        if even_share := self._holdings.even_share(kind, layer):
+            self._holdings.need(self._at)
+            start, share = time.perf_counter(), self._holdings.share
+            own = share.attention(layer, normed, position) if kind == Kind.ATTENTION else share.ffn(layer, normed)
+            self._marks.pace(start, even_share)
+            took_s = time.perf_counter() - start
+            self.compute_s += took_s
+            if self.replacer and decoding:
+                self.replacer.computed(0, kind, layer, took_s)
             x = self._add(x, own)
         if self._relaxed and decoding:
             self.predictor.look_ahead(kind, layer, normed.numpy())
@@ -143,7 +152,7 @@ class Root:
     def _ask(self, kind: Kind, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
         if workers:
-            link.ask(kind, layer, position, normed.numpy(), workers, self._epoch, seq - self._sums.oldest(seq))
+            link.ask(kind, layer, position, normed.numpy(), workers, self._epoch, seq - self._sums.oldest(seq), self.mover.number)
         if kind == Kind.ATTENTION:
             self.crew.sent_attention(layer, position, normed, workers)
         return seq
@@ -163,6 +172,8 @@ class Root:
                         ledger.waited += 1
                     elif counting:
                         ledger.on_time += 1
+                    if counting and self.replacer:
+                        self.replacer.answered(answer, kind, layer, answer.rank in late)
                 else:
                     self._take_late(answer)
             overdue = self._sums.overdue()
@@ -243,6 +254,8 @@ class Root:
         if entry:
             self._corrections.append(answer.y - entry.estimate)
             self.predictor.observe((entry.kind, entry.layer, entry.rank), entry.position, entry.x, answer.y)
+            if self.replacer:
+                self.replacer.answered(answer, entry.kind, entry.layer, late=True)
             if self._check:
                 self._check.add(answer.y[0])
 

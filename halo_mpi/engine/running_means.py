@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from halo_mpi.schedule.placement import Plan, changed_keys
 from halo_mpi.wire.messages import Kind
 
 MEMORY = 64  # answers that the mean looks back on
@@ -12,11 +13,22 @@ class RunningMeans:
     """Means of the partial sums of every (kind, layer, worker), f32 [D] each; zero before the first. Has the methods of
     `LowRankEstimates`."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, plan: Plan):
+        self._plan = plan
         self._zero = np.zeros(width, np.float32)
         self._means: dict[tuple, np.ndarray] = {}
         self._counts: dict[tuple, int] = {}
         self._last: dict[tuple, np.ndarray] = {}
+
+    def load(self, plan: Plan) -> None:
+        """There is nothing to read."""
+
+    def follow(self, plan: Plan) -> None:
+        """What is known of parts that another plan changes is known no more."""
+        for key in changed_keys(self._plan, plan):
+            for known in (self._means, self._counts, self._last):
+                known.pop(key, None)
+        self._plan = plan
 
     def begin_text(self) -> None:
         """A new text changes nothing."""

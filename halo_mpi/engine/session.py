@@ -21,9 +21,10 @@ from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
-from halo_mpi.engine.planning import plan_run
+from halo_mpi.engine.planning import Basis, plan_run
 from halo_mpi.engine.predictor import make_predictor
-from halo_mpi.engine.root import PREFILL_ROWS, Root, even_shares
+from halo_mpi.engine.replacer import Replacer
+from halo_mpi.engine.root import PREFILL_ROWS, Root
 from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
@@ -76,7 +77,7 @@ class Session:
 
         self.connect()
         try:
-            self.plan = plan_run(self)
+            self.plan, basis = plan_run(self)
             self.weights = Weights(self, loaded)
             predictor = self.on_root(
                 lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self.uses_calibration)
@@ -92,7 +93,7 @@ class Session:
             self.root = Root(
                 self.config,
                 weights.trunk,
-                weights.share,
+                weights.holdings,
                 self.plan,
                 self.link,
                 self.marks,
@@ -100,14 +101,15 @@ class Session:
                 self.context,
                 self.event,
                 predictor,
-                weights.loader.need,
                 weights.vocabulary,
+                self.moves,
             )
+            if self.moves and basis:
+                self.root.replacer = self._replacer(basis)
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
-            weights.loader.meanwhile = self.link.hear
-            shares = even_shares(self.plan, self.comm.rank, self.comm.size)
-            self.worker = Worker(self.link, weights.share, self.marks, shares, weights.loader.need)
+            weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
+            self.worker = Worker(self.link, weights.holdings, self.marks)
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
@@ -140,6 +142,17 @@ class Session:
                 self.link.wait()
             self.link.close()
         self.store.close()
+
+    @property
+    def moves(self) -> bool:
+        """Whether work may move while text flows."""
+        return self.run.moves and self.run.placement == "auto" and self.comm.size > 1
+
+    def _replacer(self, basis: Basis) -> Replacer:
+        root, advice = self.root, basis.advice
+        calibration = self.store.meta.get("calibration")
+        return Replacer(self.config, basis.cluster, basis.work, advice.unstable, basis.disks, calibration, root.mover, root.crew,
+                        self.link, self.event, self.marks.phase)  # fmt: skip
 
     @property
     def uses_calibration(self) -> bool:
@@ -178,8 +191,8 @@ class Session:
         mine = {
             "rank": self.comm.rank,
             "host": self.host,
-            "groups": sum(map(len, self.plan.groups(self.comm.rank))),
-            "heads": sum(map(len, self.plan.query_heads(self.comm.rank))),
+            "groups": sum(map(len, self.weights.holdings.groups)),
+            "heads": sum(map(len, self.weights.holdings.heads)),
             **self.weights.to_dict(),
             "rss_bytes": psutil.Process().memory_info().rss,
             "compute_s": (self.root or self.worker).compute_s,
@@ -212,6 +225,6 @@ class Session:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
         shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("placement", "memory", "threads", "load_first", "verbose")}
+            self.comm, {name: getattr(run, name) for name in ("placement", "moves", "memory", "threads", "load_first", "verbose")}
         )
         return replace(run, sync=sync, **shared)

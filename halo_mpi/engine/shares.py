@@ -10,9 +10,14 @@ class WorkShares:
     """Has the methods of `PredictedShares`."""
 
     def __init__(self, plan: Plan, ranks: int):
+        self._ranks = ranks
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """The workers' parts are those of this plan from now on."""
         owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._shares = {
-            (kind, layer): np.bincount(row, minlength=ranks) / row.size
+            (kind, layer): np.bincount(row, minlength=self._ranks) / row.size
             for kind, table in owners.items()
             for layer, row in enumerate(table)
         }

@@ -9,6 +9,7 @@ import psutil
 
 from halo_mpi.engine.agreement import AgreedError
 from halo_mpi.engine.history import history_bytes
+from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.vocabulary import ReadVocabulary
@@ -30,7 +31,7 @@ class Weights:
     hold the least that it needs, or it cannot be read.
     """
 
-    share: Share
+    holdings: Holdings | None = None
     trunk: Trunk | None = None  # on the root
     vocabulary: ReadVocabulary | None = None  # on the root, if the trunk does not hold it
     loader: Loader | None = None
@@ -40,8 +41,9 @@ class Weights:
         heads, groups = session.plan.query_heads(session.comm.rank), session.plan.groups(session.comm.rank)
         layers, parts = share_parts(store, config, heads, groups)
         trunk, beside, cache = trunk_bytes(config) if is_root else 0, 0, cache_bytes(config, heads, session.context)
+        if is_root and (run.sync.mode == "relaxed" or session.moves):
+            cache += history_bytes(config.layers, session.context, config.hidden, run.sync.wire)
         if is_root and run.sync.mode == "relaxed":
-            cache += history_bytes(config.layers, session.context, config.hidden)
             beside = predictor_bytes(store, config, session.plan, session.uses_calibration)
         budget = None if run.memory is None else run.memory - beside - cache
         residence, blocks = _reside(parts, None if budget is None else budget - trunk), []
@@ -60,7 +62,8 @@ class Weights:
                     self.vocabulary = ReadVocabulary(store, config, blocks, self.loader.need, 2 * config.layers)
                 if run.load_first:
                     self.loader.load()
-                self.share = Share(config, layers, session.context)
+                share = Share(config, layers, session.context)
+                self.holdings = Holdings(store, share, heads, groups, session.comm.size, self.loader)
 
         try:
             session.together(begin)
@@ -70,15 +73,17 @@ class Weights:
 
     def close(self) -> None:
         """Read no more."""
-        if self.loader:
-            self.loader.close()
+        for each in (self.holdings, self.loader):
+            if each:
+                each.close()
 
     def to_dict(self) -> dict:
         """For the report's device."""
         residence, trunk = self.loader.residence, self.trunk.nbytes if self.trunk else 0
+        whole = trunk + (sum(residence.sizes) if residence.streamed_bytes else self.holdings.weights_bytes)
         return {
-            "weights_bytes": sum(residence.sizes) + trunk,
-            "resident_bytes": residence.nbytes + trunk,
+            "weights_bytes": whole,
+            "resident_bytes": residence.nbytes + trunk if residence.streamed_bytes else whole,
             "streamed_bytes": residence.streamed_bytes,
             "read_s": round(self.loader.read_s, 3),
             "waited_s": round(self.loader.waited_s, 3),

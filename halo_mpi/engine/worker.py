@@ -5,28 +5,27 @@ leaves out what the root can no longer use: the output of old attention, and old
 """
 
 import time
-from collections.abc import Callable
 
 import torch
 
+from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.marks import Marks
+from halo_mpi.engine.mover import TEXT_ROWS, from_rows
+from halo_mpi.engine.profile import OneGroup
 from halo_mpi.errors import HaloError
-from halo_mpi.model.llama import Share
-from halo_mpi.wire.messages import Kind
+from halo_mpi.wire.messages import Kind, text_rows
 from halo_mpi.wire.worker_link import Request, WorkerLink
 
 APPEND_SHARE = 0.25  # of an attention request's time, for a lab's pace: two of the four products
 
 
 class Worker:
-    """Answers the root's requests. `even_shares` is for the lab's pace; `compute_s` counts the seconds of computing.
+    """Answers the root's requests. `compute_s` counts the seconds of computing."""
 
-    `need` is called with 2 * layer before a layer's attention, and with 2 * layer + 1 before its FFN: their weights must be there.
-    """
-
-    def __init__(self, link: WorkerLink, share: Share, marks: Marks, even_shares: dict[Kind, list[float]],
-                 need: Callable[[int], None] = lambda part: None):  # fmt: skip
-        self._link, self._share, self._marks, self._even_shares, self._need = link, share, marks, even_shares, need
+    def __init__(self, link: WorkerLink, holdings: Holdings, marks: Marks):
+        self._link, self._holdings, self._marks = link, holdings, marks
+        self._preparing: int | None = None  # a plan
+        self._group: OneGroup | None = None  # for probes
         self.compute_s = 0.0
 
     def run(self) -> None:
@@ -38,28 +37,68 @@ class Worker:
 
     def turn(self) -> bool:
         """Do the oldest request that is not done; False if there is none."""
+        if self._preparing is not None:
+            self._look_whether_prepared()
         request = self._link.next()
         if request is None:
             return False
-        if self._link.is_current(request) and (request.kind != Kind.FFN or self._link.is_useful(request)):
-            self._need(2 * request.layer + (request.kind == Kind.FFN))
+        if request.kind == Kind.PLAN:
+            self._prepare(request)
+            return True
+        if request.kind not in (Kind.REFILL, Kind.PROBE):
+            self._holdings.follow(request.plan)
+            if self._link.is_current(request) and (request.kind != Kind.FFN or self._link.is_useful(request)):
+                self._holdings.need(2 * request.layer + (request.kind == Kind.FFN))
+        if request.kind == Kind.PROBE and self._group is None:
+            self._group = OneGroup(self._holdings.share.config)
         begin = time.perf_counter()
         y, pace = self._compute(request) if self._link.is_current(request) else (None, 0.0)
         if pace:
             self._marks.pace(begin, pace)
-        self.compute_s += time.perf_counter() - begin
-        self._link.answer(request, None if y is None else y.numpy())
+        took_s = time.perf_counter() - begin
+        self.compute_s += took_s
+        self._link.answer(request, None if y is None else y.numpy(), took_s)
         return True
+
+    def _prepare(self, request: Request) -> None:
+        """Begin to load what the request says that this rank will have."""
+        self._preparing = request.plan
+        try:
+            in_force, changes = from_rows(request.x)
+            self._holdings.follow(in_force)  # who has no work hears of a plan by the next one
+            self._holdings.prepare(request.plan, changes)
+        except HaloError as error:
+            self._say_prepared(error)
+
+    def _look_whether_prepared(self) -> None:
+        try:
+            if self._holdings.is_prepared(self._preparing):
+                self._say_prepared()
+        except HaloError as error:
+            self._say_prepared(error)
+
+    def _say_prepared(self, error: HaloError | None = None) -> None:
+        refusal = None if error is None else text_rows(str(error), self._holdings.share.config.hidden, TEXT_ROWS)
+        self._link.prepared(self._preparing, refusal)
+        self._preparing = None
 
     def _compute(self, request: Request) -> tuple[torch.Tensor | None, float]:
         """The answer, None if nobody needs one, and the even shares of work done."""
         kind, layer, x = request.kind, request.layer, torch.from_numpy(request.x)
-        useful = self._link.is_useful(request)
+        useful, share = self._link.is_useful(request), self._holdings.share
         if kind == Kind.REPLAY or kind == Kind.ATTENTION and not useful:
-            self._share.append(layer, x, request.position)
-            return None, self._even_shares[Kind.ATTENTION][layer] * APPEND_SHARE * len(x)
+            share.append(layer, x, request.position)
+            return None, self._holdings.even_share(Kind.ATTENTION, layer) * APPEND_SHARE * len(x)
         if kind == Kind.ATTENTION:
-            return self._share.attention(layer, x, request.position), self._even_shares[Kind.ATTENTION][layer]
+            return share.attention(layer, x, request.position), self._holdings.even_share(kind, layer)
         if kind == Kind.FFN:
-            return (self._share.ffn(layer, x), self._even_shares[Kind.FFN][layer]) if useful else (None, 0.0)
+            return (share.ffn(layer, x), self._holdings.even_share(kind, layer)) if useful else (None, 0.0)
+        if kind == Kind.REFILL:
+            self._holdings.refill(layer, x, request.position)
+            return None, self._holdings.even_share(
+                Kind.ATTENTION, layer
+            ) * APPEND_SHARE  # as a chunk of prefill: once for all rows
+        if kind == Kind.PROBE:
+            self._group.compute()
+            return None, self._holdings.ranks / share.config.groups
         raise HaloError(f"the root sent a request of unknown kind {kind}; do all ranks run the same version?")

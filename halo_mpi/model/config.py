@@ -8,6 +8,7 @@ from halo_mpi.errors import InputError
 from halo_mpi.store.encoding import BLOCK
 
 MAX_GROUP = 128  # neurons; at hidden 576 a 4-bit group is 138 KiB, one read from an SD card
+MOST_LAYERS = 255  # a message names one in a byte
 GROUPS_WANTED = 12  # for small FFNs: enough groups that a handful of ranks all get some
 
 
@@ -38,6 +39,8 @@ class ModelConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or not 0 < value < 2**31:
                 raise InputError(f"the model's {field} is {value!r}, not a positive whole number: its configuration is damaged")
+        if self.layers > MOST_LAYERS:
+            raise InputError(f"the model has {self.layers} layers, and at most {MOST_LAYERS} are supported")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"{self.heads} query heads cannot share {self.kv_heads} KV heads evenly: the configuration is damaged"

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from halo_mpi.model.config import ModelConfig
 
 
+Cache = tuple[torch.Tensor, torch.Tensor]  # keys, values [KV heads, context, head_dim]
+
+
 @dataclass(slots=True)
 class LayerWeights:
     """The matrices of a rank's share of one layer, f32, fused so that each step is one product.
@@ -31,6 +34,12 @@ class LayerWeights:
     gate_up: torch.Tensor  # [2 neurons, D]
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor  # [D, neurons]
+
+    @classmethod
+    def empty(cls) -> "LayerWeights":
+        """No heads and no neurons."""
+        none = torch.empty(0)
+        return cls(none, None, none, [], none, None, none)
 
     @property
     def nbytes(self) -> int:
@@ -48,12 +57,15 @@ class Share:
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int):
         self.config = config
         self.layers = layers
-        self.kv = []  # per layer: keys, values [KV heads, context, head_dim]
-        for layer in layers:
-            shape = (len(layer.runs), context, config.head_dim)
-            self.kv.append((torch.zeros(shape), torch.zeros(shape)))
+        self._context = context
+        self.kv: list[Cache] = [self.empty_cache(len(layer.runs)) for layer in layers]
         cos, sin = config.rotary_tables(context)
         self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)  # [context, head_dim / 2]
+
+    def empty_cache(self, kv_heads: int) -> Cache:
+        """For so many KV heads of a layer."""
+        shape = (kv_heads, self._context, self.config.head_dim)
+        return torch.zeros(shape), torch.zeros(shape)
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
@@ -77,9 +89,9 @@ class Share:
             mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
         return mixed.transpose(0, 1).reshape(tokens, -1)
 
-    def append(self, layer: int, x: torch.Tensor, position: int) -> None:
-        """Only append K and V of the normed input x [T, D] at `position`."""
-        weights, (keys, values) = self.layers[layer], self.kv[layer]
+    def append(self, layer: int, x: torch.Tensor, position: int, coming: tuple[LayerWeights, Cache] | None = None) -> None:
+        """Only append K and V of the normed input x [T, D] at `position`. `coming`: of the heads that the layer will have."""
+        weights, (keys, values) = coming or (self.layers[layer], self.kv[layer])
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
         rows = slice(len(weights.qkv) - 2 * kv_heads * dim, None)

@@ -4,7 +4,7 @@ import numpy as np
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.stored import read_estimate
-from halo_mpi.schedule.placement import Plan
+from halo_mpi.schedule.placement import Plan, changed_keys
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind
 
@@ -19,22 +19,42 @@ class LowRankEstimates:
     which needs f only once, since it is affine. Held in f16: 2 (2 rank + 1) D bytes for each group and head of the workers.
     """
 
-    def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
-        self._maps: dict[tuple, tuple[np.ndarray, np.ndarray, np.ndarray, np.float32]] = {}
+    def __init__(self, store: ModelStore, plan: Plan):
+        self._store, self._plan = store, plan
         self._last: dict[tuple, tuple[int, np.ndarray, np.ndarray]] = {}
-        found = store.meta["calibration"]
-        for kind, owners in ((Kind.ATTENTION, plan.query), (Kind.FFN, plan.ffn)):
+        kinds = ((Kind.ATTENTION, plan.query), (Kind.FFN, plan.ffn))
+        self._maps = self._read(
+            plan, {(kind, layer, rank) for kind, owners in kinds for layer, row in enumerate(owners) for rank in row.tolist()}
+        )
+        self._next: dict[tuple, tuple | None] = {}
+
+    def _read(self, plan: Plan, keys: set[tuple[Kind, int, int]]) -> dict[tuple, tuple | None]:
+        """The maps of these parts in a plan, None where a part is nothing; none of the root's."""
+        found, maps = self._store.meta["calibration"], {}
+        for kind, layer, rank in sorted(keys):
+            own = np.flatnonzero((plan.query if kind == Kind.ATTENTION else plan.ffn)[layer] == rank).tolist()
             name, table = PARTS[kind]
-            for layer in range(config.layers):
-                for rank in range(1, ranks):
-                    own = np.flatnonzero(owners[layer] == rank).tolist()
-                    if own:
-                        memory = float(np.clip(np.mean([found[name]["memory"][layer][entry] for entry in own]), 0, 1))
-                        self._maps[kind, layer, rank] = (*_joined(store, table, layer, own), np.float32(memory))
+            if rank and own:
+                memory = float(np.clip(np.mean([found[name]["memory"][layer][entry] for entry in own]), 0, 1))
+                maps[kind, layer, rank] = (*_joined(self._store, table, layer, own), np.float32(memory))
+            elif rank:
+                maps[kind, layer, rank] = None
+        return maps
+
+    def load(self, plan: Plan) -> None:
+        """Read what another plan changes, in any thread."""
+        self._next = self._read(plan, changed_keys(self._plan, plan))
+
+    def follow(self, plan: Plan) -> None:
+        """The workers' parts are those of this plan, which was loaded, from now on."""
+        self._maps |= self._next
+        for key in self._next:
+            self._last.pop(key, None)
+        self._plan, self._next = plan, {}
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for arrays in self._maps.values() for array in arrays)
+        return sum(array.nbytes for arrays in self._maps.values() if arrays for array in arrays)
 
     def begin_text(self) -> None:
         """The last answers belong to another text."""

@@ -21,16 +21,21 @@ class PredictedShares:
     def __init__(self, store: ModelStore, config: ModelConfig, plan: Plan, ranks: int):
         found = store.meta["calibration"]
         self._weight, self._bias = zip(*(read_importance(store, layer) for layer in range(config.layers)))
-        self._groups, self._ranks = config.groups, ranks
-        self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
+        self._groups, self._ranks, self._layers = config.groups, ranks, config.layers
         self._cost = relative_costs(found["sensitivity"], config.layers)
-        usual = {Kind.ATTENTION: found["heads"]["importance"], Kind.FFN: found["groups"]["importance"]}
+        self._usual = {Kind.ATTENTION: found["heads"]["importance"], Kind.FFN: found["groups"]["importance"]}
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """The workers' parts are those of this plan from now on."""
+        ranks = self._ranks
+        self._owners = {Kind.ATTENTION: plan.query, Kind.FFN: plan.ffn}
         self._shares = {
-            (kind, layer): self._by_rank(kind, layer, np.asarray(usual[kind][layer]))
-            for kind in usual
-            for layer in range(config.layers)
+            (kind, layer): self._by_rank(kind, layer, np.asarray(self._usual[kind][layer]))
+            for kind in self._usual
+            for layer in range(self._layers)
         }
-        in_turn = [self._shares[kind, layer] for layer in range(config.layers) for kind in (Kind.ATTENTION, Kind.FFN)]
+        in_turn = [self._shares[kind, layer] for layer in range(self._layers) for kind in (Kind.ATTENTION, Kind.FFN)]
         self._rest = np.cumsum([np.zeros(ranks), *in_turn[::-1]], axis=0)[::-1]  # from each sync of a token to its end
 
     def look_ahead(self, layer: int, x: np.ndarray) -> None:

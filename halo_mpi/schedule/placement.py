@@ -10,6 +10,15 @@ from halo_mpi.errors import InputError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import owners, split_evenly
 from halo_mpi.schedule.advice import Advice
+from halo_mpi.wire.messages import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a rank has of one layer from now on, ascending."""
+
+    heads: list[int]
+    groups: list[int]
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,16 @@ class Plan:
         return [np.flatnonzero(owner == rank).tolist() for owner in self.ffn]
 
     def counts(self, ranks: int) -> tuple[list[int], list[int]]:
-        """How many heads and groups each rank has, of the first layer."""
-        heads, groups = (np.bincount(table[0], minlength=ranks).tolist() for table in (self.query, self.ffn))
+        """How many heads and groups each rank has, of a layer in the middle."""
+        layer = len(self.query) // 2
+        heads, groups = (np.bincount(table[layer], minlength=ranks).tolist() for table in (self.query, self.ffn))
         return heads, groups
+
+    def changes(self, other: "Plan", rank: int) -> dict[int, Change]:
+        """What a rank has otherwise, by layer, if the other plan follows this one."""
+        heads, groups, after = self.query_heads(rank), self.groups(rank), (other.query_heads(rank), other.groups(rank))
+        found = {layer: Change(*own) for layer, own in enumerate(zip(*after))}
+        return {layer: own for layer, own in found.items() if own != Change(heads[layer], groups[layer])}
 
     def to_dict(self) -> dict:
         return {"name": self.name, "query": self.query.tolist(), "ffn": self.ffn.tolist()}
@@ -39,6 +55,15 @@ class Plan:
     @classmethod
     def from_dict(cls, fields: dict) -> "Plan":
         return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]))
+
+
+def changed_keys(before: Plan, after: Plan) -> set[tuple[Kind, int, int]]:
+    """(kind, layer, rank) of all parts that are others in the second plan."""
+    keys = set()
+    for kind, old, new in ((Kind.ATTENTION, before.query, after.query), (Kind.FFN, before.ffn, after.ffn)):
+        for layer, entry in np.argwhere(old != new).tolist():
+            keys |= {(kind, layer, int(old[layer, entry])), (kind, layer, int(new[layer, entry]))}
+    return keys
 
 
 def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set[int]]], calibration: dict | None = None,
@@ -99,9 +124,14 @@ def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tier
     for layer, (row, importance) in enumerate(zip(query, of_heads)):
         turned = [tier[layer % len(tier) :] + tier[: layer % len(tier)] for tier in tiers]  # another one is first in each layer
         runs = [rank for tier in turned for rank in tier for _ in range(heads[rank])]
-        of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
-        row[sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))] = runs
+        row[order_of_heads(config, importance)] = runs
     return query, np.array(_back_and_forth(groups, tiers))
+
+
+def order_of_heads(config: ModelConfig, importance: list[float]) -> list[int]:
+    """A layer's heads by falling importance, those that share a KV head side by side."""
+    of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
+    return sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))
 
 
 def _back_and_forth(shares: list[int], tiers: list[list[int]]) -> list[int]:

@@ -34,7 +34,7 @@ def reside(sizes: list[int], budget: int | None) -> Residence:
     A token needs the parts in turn, so each one that does not stay is read at each token, whichever it is: bytes are all alike.
     Those that stay lie evenly between the others, so that the next one is read while they compute.
     """
-    total, slot = sum(sizes), max(sizes)
+    total, slot = sum(sizes), max(sizes, default=0)
     if budget is None or total <= max(budget, SLOTS * slot):
         return Residence(tuple(sizes), (True,) * len(sizes), 0)
     room = max(0, budget - SLOTS * slot)

@@ -52,12 +52,12 @@ class Mailbox:
         return {peer: sum(ring.received_bytes[peer] for ring in self._rings) for peer in self._peers}
 
     def post(self, peers: list[int], kind: Kind, seq: int, layer: int = 0, position: int = 0, x: np.ndarray | None = None,
-             epoch: int = 0, lag: int = 0, wire: str | None = None) -> None:  # fmt: skip
+             epoch: int = 0, lag: int = 0, plan: int = 0, wire: str | None = None) -> None:  # fmt: skip
         """Start sending one message with x, f32 [rows, width] or None, to all `peers`."""
         rows = 0 if x is None else len(x)
         copied = rows <= self._copied_rows
         self._send(rows, peers, self._lines if copied else self._lines[:1],
-                   (seq, kind, layer, position, x, wire or self._wire, epoch, lag))  # fmt: skip
+                   (seq, kind, layer, position, x, wire or self._wire, epoch, lag, plan))  # fmt: skip
         if not copied and len(self._lines) > 1:
             self._send(0, peers, self._lines[1:], (seq, Kind.ELSEWHERE))
         if rows and self._trailers and len(self._lines) == 1:

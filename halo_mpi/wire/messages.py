@@ -1,12 +1,13 @@
 """The format of a message: a 16-byte header, little-endian, then the vectors.
 
-    0     4          8       10    12     13     14     15      16
-    | seq | position | layer | lag | rows | kind | wire | epoch | vectors [rows, width] ...
+    0     4          8     10      11     12     13     14      15     16
+    | seq | position | lag | layer | rows | kind | wire | epoch | plan | vectors [rows, width] ...
 
 seq grows by one per request over the whole job, and an answer carries the seq of its request. position is the place in
 the text of the first of `rows` tokens; epoch counts the texts (modulo 256): what is asked under an old one is no longer
-computed. lag: the answer to any request before seq - lag is no longer of use. Vectors are f32, f16, or q8: for each row the
-scales (f16) of its blocks of 32 values, then one signed byte per value. At hidden 576 a decode message is 1168 bytes with
+computed. plan (modulo 256) tells by which of the plans that a worker was sent its part is counted. lag: the answer to any request before
+seq - lag is no longer of use; in an answer, how long it took to compute, in `TOOK_S`. Vectors are f32, f16, or q8: for each row the
+scales (f16) of its blocks of 32 values, then one signed byte per value; or plain bytes. At hidden 576 a decode message is 1168 bytes with
 f16 and 628 with q8, so one TCP segment.
 """
 
@@ -17,19 +18,22 @@ import numpy as np
 from halo_mpi.errors import HaloError
 
 HEADER = np.dtype(
-    [("seq", "<u4"), ("position", "<u4"), ("layer", "<u2"), ("lag", "<u2"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
-     ("epoch", "u1")]
+    [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
+     ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 4  # ranks with another number refuse to work together
+PROTOCOL = 5  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
+BYTES = "bytes"  # of text, one per value
+FORMATS = (*WIRES, BYTES)
 BLOCK = 32  # values that share a scale in q8
-EPOCHS = 256
+EPOCHS = PLANS = 256
+TOOK_S = 1e-5  # the unit in which an answer tells how long it took; at most 0.65 s
 PINGS = 8  # with which the root begins
 
 
 class Kind(IntEnum):
-    """What a message is. Each but the last two is answered by one of the same kind."""
+    """What a message is. Each but TRAILER and ELSEWHERE is answered by one of the same kind."""
 
     PING = 1
     ATTENTION = 2
@@ -39,6 +43,9 @@ class Kind(IntEnum):
     REPLAY = 6  # inputs of attention whose K and V a worker lacks
     TRAILER = 7  # for the same reason as a kick, right behind a message
     ELSEWHERE = 8  # keeps the place of a message that goes over the other line alone
+    PLAN = 9  # which heads and groups a worker will have; answered when they are loaded
+    REFILL = 10  # inputs of attention for the cache of heads that it will have
+    PROBE = 11  # how fast is a worker that has nothing to do
 
 
 class ProtocolError(HaloError):
@@ -47,6 +54,8 @@ class ProtocolError(HaloError):
 
 def vector_bytes(width: int, wire: str) -> int:
     """Bytes of one vector of `width` values."""
+    if wire == BYTES:
+        return width
     return width + 2 * _blocks(width) if wire == "q8" else width * _float(wire).itemsize
 
 
@@ -59,16 +68,18 @@ class Message:
         self._width = width
 
     def write(self, seq: int, kind: Kind, layer: int = 0, position: int = 0, x: np.ndarray | None = None, wire: str = "f32",
-              epoch: int = 0, lag: int = 0) -> np.ndarray:  # fmt: skip
-        """Fill the message with x, f32 [rows, width] or None; returns the bytes to send.
+              epoch: int = 0, lag: int = 0, plan: int = 0) -> np.ndarray:  # fmt: skip
+        """Fill the message with x, f32 [rows, width] (u8 if it is bytes) or None; returns the bytes to send.
 
         Raises HaloError if a value is too large for the wire format.
         """
         rows = 0 if x is None else len(x)
-        self.header[...] = (seq, position, layer, min(lag, 0xFFFF), rows, kind, WIRES.index(wire), epoch)
+        self.header[...] = (seq, position, min(lag, 0xFFFF), layer, rows, kind, FORMATS.index(wire), epoch, plan)
         size = rows * vector_bytes(self._width, wire)
         data = self.buffer[HEADER.itemsize : HEADER.itemsize + size]
-        if rows:
+        if rows and wire == BYTES:
+            data[:] = x.reshape(-1)
+        elif rows:
             with np.errstate(over="ignore", invalid="ignore"):
                 fits = _write_q8(data, x) if wire == "q8" else _write_float(data, x, _float(wire))
             if not fits:
@@ -76,12 +87,26 @@ class Message:
         return self.buffer[: HEADER.itemsize + size]
 
     def read(self) -> np.ndarray:
-        """The vectors, f32 [rows, width]; with f32 on the wire a view that the next message overwrites."""
-        rows, wire = int(self.header["rows"]), WIRES[self.header["wire"]]
+        """The vectors, f32 [rows, width], or u8 if they are bytes; with f32 on the wire a view that the next message overwrites."""
+        rows, wire = int(self.header["rows"]), FORMATS[self.header["wire"]]
         data = self.buffer[HEADER.itemsize : HEADER.itemsize + rows * vector_bytes(self._width, wire)]
+        if wire == BYTES:
+            return data.reshape(rows, self._width).copy()
         if wire == "q8":
             return _read_q8(data.reshape(rows, -1), self._width)
         return data.view(_float(wire)).reshape(rows, self._width).astype(np.float32, copy=False)
+
+
+def text_rows(text: str, width: int, most: int) -> np.ndarray:
+    """A text as u8 [rows, width], spaces at its end, and cut after `most` rows."""
+    data = text.encode()[: most * width]
+    rows = max(1, -(-len(data) // width))
+    return np.frombuffer(data.ljust(rows * width), np.uint8).reshape(rows, width)
+
+
+def rows_text(rows: np.ndarray) -> str:
+    """The text of u8 [rows, width]."""
+    return rows.tobytes().decode(errors="replace").rstrip()
 
 
 def _float(wire: str) -> np.dtype:

@@ -8,13 +8,25 @@ import numpy as np
 
 from halo_mpi.wire.deadline import Deadline
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import PINGS, Kind, ProtocolError
+from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, ProtocolError, rows_text
 from halo_mpi.wire.polling import Waiter
 
 KICKS_BEFORE_BACKOFF = 4
 KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
+NOTHING = np.empty((0, 0), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A worker's partial sum y, f32 [rows, width]; the seconds that it computed, and since it was asked."""
+
+    rank: int
+    seq: int
+    y: np.ndarray
+    took_s: float
+    latency_s: float
 
 
 @dataclass(slots=True)
@@ -29,19 +41,14 @@ class Peer:
     suspect: bool = False  # missed a deadline and was not heard since
     kicks_in_flight: int = 0
     kick_at: float = 0.0
-    replays: int = 0  # that it has not done yet
+    replays: int = 0  # and refills, that it has not done yet
     rtt_ms: float = 0.0
     judged_from: int = 0  # the first seq whose answer tells how long answers take
+    prepared: int | None = None  # the last plan for which it has said that it is ready, or cannot be
+    refusal: str = ""  # why it cannot be
+    probed_at: float | None = None  # a probe is under way
+    probe: Answer | None = None  # what came of the last one
     asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A worker's partial sum y, f32 [rows, width]."""
-
-    rank: int
-    seq: int
-    y: np.ndarray
 
 
 class RootLink:
@@ -96,10 +103,10 @@ class RootLink:
         return list(came.values())
 
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
-            lag: int = 0) -> int:  # fmt: skip
+            lag: int = 0, plan: int = 0) -> int:  # fmt: skip
         """Start sending x, f32 [rows, width], to the workers; returns the request's seq."""
         self.seq += 1
-        self._mailbox.post(workers, kind, self.seq, layer, position, x, epoch, lag)
+        self._mailbox.post(workers, kind, self.seq, layer, position, x, epoch, lag, plan)
         now = self.waiter.now()
         for rank in workers:
             peer = self.peers[rank]
@@ -109,13 +116,22 @@ class RootLink:
         self.waiter.heard()
         return self.seq
 
-    def replay(self, rank: int, layer: int, position: int, x: np.ndarray, epoch: int) -> None:
-        """Start sending inputs of attention, f32 [rows, width], of which the worker needs only K and V.
+    def replay(self, rank: int, kind: Kind, layer: int, position: int, x: np.ndarray, epoch: int, plan: int, wire: str) -> None:
+        """Start sending inputs of attention, f32 [rows, width], of which the worker needs only K and V: a REPLAY, or a REFILL.
 
-        A replay has the seq of the last request: were it counted, what is open with other workers would seem older than it is.
+        It has the seq of the last request: were it counted, what is open with other workers would seem older than it is.
         """
         self.peers[rank].replays += 1
-        self._mailbox.post([rank], Kind.REPLAY, self.seq, layer, position, x, epoch, wire="f16")
+        self._mailbox.post([rank], kind, self.seq, layer, position, x, epoch, plan=plan, wire=wire)
+
+    def announce(self, rank: int, plan: int, text: np.ndarray, epoch: int) -> None:
+        """Start sending a worker what it will have under a plan, u8 [rows, width]."""
+        self._mailbox.post([rank], Kind.PLAN, self.seq, x=text, epoch=epoch, plan=plan, wire=BYTES)
+
+    def probe_speed(self, rank: int, epoch: int) -> None:
+        """Ask a worker that has nothing to do to compute something."""
+        self.peers[rank].probed_at = self.waiter.now()
+        self._mailbox.post([rank], Kind.PROBE, self.seq, epoch=epoch)
 
     def poll(self) -> Iterator[Answer]:
         """The answers that have come, one worker's in the order of its requests."""
@@ -129,8 +145,14 @@ class RootLink:
             if kind == Kind.KICK:
                 peer.kicks_in_flight = max(0, peer.kicks_in_flight - 1)
                 self._forget(peer)
-            elif kind == Kind.REPLAY:
+            elif kind in (Kind.REPLAY, Kind.REFILL):
                 peer.replays -= 1
+            elif kind == Kind.PLAN:
+                peer.prepared = int(header["plan"])
+                peer.refusal = rows_text(message.read()) if header["rows"] else ""
+            elif kind == Kind.PROBE:
+                peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, now - peer.probed_at)
+                peer.probed_at = None
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:
                     raise ProtocolError(
@@ -140,7 +162,8 @@ class RootLink:
                 if header["rows"] == 1 and kind != Kind.PING and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
-                yield Answer(rank, seq, message.read().copy() if header["rows"] else np.empty((0, 0), np.float32))
+                y = message.read().copy() if header["rows"] else NOTHING
+                yield Answer(rank, seq, y, int(header["lag"]) * TOOK_S, now - asked)
 
     def kick(self, rank: int) -> None:
         """Send the worker a kick if one is due."""

@@ -8,19 +8,22 @@ import numpy as np
 
 from halo_mpi.wire.exchange import ROOT
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import PINGS, Kind, Message
+from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message
 from halo_mpi.wire.polling import Waiter
+
+UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the root asks for: x, f32 [rows, width], of the tokens from `position` on."""
+    """What the root asks for: x, f32 [rows, width], of the tokens from `position` on; u8 for a PLAN."""
 
     kind: int
     seq: int
     layer: int
     position: int
     epoch: int
+    plan: int
     x: np.ndarray
 
 
@@ -68,14 +71,19 @@ class WorkerLink:
         """Whether the root can still use the answer."""
         return request.seq >= self._oldest_useful
 
-    def answer(self, request: Request, y: np.ndarray | None) -> None:
+    def answer(self, request: Request, y: np.ndarray | None, took_s: float = 0.0) -> None:
         """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer."""
         self._done = request.seq
-        if request.kind == Kind.REPLAY:
-            self._mailbox.post([ROOT], Kind.REPLAY, request.seq)
+        took = round(took_s / TOOK_S)
+        if request.kind in UNANSWERED_IN_VECTORS:
+            self._mailbox.post([ROOT], Kind(request.kind), request.seq, lag=took)
         elif y is not None:
-            self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y)
+            self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y, lag=took)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
+
+    def prepared(self, plan: int, refusal: np.ndarray | None) -> None:
+        """Say that what this plan needs is loaded, or why it cannot be: a text, u8 [rows, width]."""
+        self._mailbox.post([ROOT], Kind.PLAN, self._done, x=refusal, plan=plan, wire=BYTES)
 
     def wait(self) -> None:
         """Let others run for a moment."""
@@ -103,4 +111,5 @@ class WorkerLink:
             self._oldest_useful = seq - int(header["lag"])
             x = message.read()
             x = x if x.base is None else x.copy()
-            self._queue.append(Request(kind, seq, int(header["layer"]), int(header["position"]), self._epoch, x))
+            place = (int(header[name]) for name in ("layer", "position", "epoch", "plan"))
+            self._queue.append(Request(kind, seq, *place, x))

@@ -1,0 +1,178 @@
+"""Moves heads and groups to other ranks while text flows: a few layers at a time, and each time for all ranks at once.
+
+    announce --> every worker loads what it will have of these layers, and says so; it serves what it has meanwhile
+             --> the caches of heads that are new somewhere are filled, a portion before each token
+             --> before a token the plan's number goes up: all requests from then on are of the new plan
+    and again, until all layers are as they should be
+
+A step is small, so that it takes little memory (what a rank has of these layers, a second time) and no token waits for it. Whoever is
+away loses what it loses without being asked; nobody gets anything who is away.
+"""
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from halo_mpi.engine.crew import Crew
+from halo_mpi.engine.holdings import Holdings, new_kv_heads
+from halo_mpi.engine.predictor import Predictor
+from halo_mpi.errors import HaloError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.sizes import attention_shapes, ffn_shapes, shape_bytes
+from halo_mpi.schedule.placement import Change, Plan, changed_keys
+from halo_mpi.wire.messages import PLANS, rows_text, text_rows
+from halo_mpi.wire.root_link import RootLink
+
+STEP_BYTES = 24 * 2**20  # of matrices that a rank holds twice
+PORTION_BYTES, MOST_BYTES = 16 * 2**10, 256 * 2**10  # of attention inputs, before a token
+FASTER = 4  # rows, at least, for each that a token adds
+TEXT_ROWS = 64
+
+
+def to_rows(plan: int, changes: dict[int, Change], width: int) -> np.ndarray:
+    """The number of the plan in force, and what a worker will have otherwise under the next one, as u8 [rows, width]."""
+    layers = {layer: [own.heads, own.groups] for layer, own in changes.items()}
+    return text_rows(json.dumps({"plan": plan, "layers": layers}, separators=(",", ":")), width, TEXT_ROWS)
+
+
+def from_rows(rows: np.ndarray) -> tuple[int, dict[int, Change]]:
+    """The same again."""
+    told = json.loads(rows_text(rows))
+    return told["plan"], {int(layer): Change(*own) for layer, own in told["layers"].items()}
+
+
+class Mover:
+    """`plan` is in force, under `number`; `aim_at` another one, and it will be after a number of tokens.
+
+    `note` is told what happens.
+    """
+
+    def __init__(self, config: ModelConfig, plan: Plan, holdings: Holdings, crew: Crew, link: RootLink, predictor: Predictor,
+                 note: Callable[[str], None]):  # fmt: skip
+        self._config, self._holdings, self._crew, self._link, self._predictor = config, holdings, crew, link, predictor
+        self._note = note
+        self.plan, self.number = plan, 0
+        self._told = 0  # the last number that was announced
+        self._epoch = 0
+        self._aim: Plan | None = None
+        self._next: Plan | None = None  # of which the step under way is told
+        self._refilled: dict[tuple[int, int], int] = {}  # rows, by (rank, layer), of caches that are being filled
+        self._portion = PORTION_BYTES
+        self.may_move = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return self._aim is None
+
+    def aim_at(self, plan: Plan) -> None:
+        """Make this the plan, from the next token on."""
+        self._aim = plan
+
+    def before_token(self, position: int, epoch: int) -> None:
+        """Do what can be done before the token at `position`, 0 if it is a text's first."""
+        if self._aim is None:
+            return
+        self._epoch = epoch
+        if self._next is None:
+            self._announce(self._step())
+            return
+        if position == 0:
+            self._refilled = dict.fromkeys(self._refilled, 0)
+        try:
+            prepared = self._is_prepared()
+        except HaloError as error:
+            self._give_up(str(error), for_good=True)
+            return
+        away = [rank for rank in self._gainers if rank and self._crew.does_without(rank)]
+        if away:
+            self._give_up(f"rank {away[0]} does not answer")
+        elif prepared and self._refill(position):
+            self._switch()
+
+    def _step(self) -> Plan:
+        """The plan in force, with the next layers of what it shall be."""
+        query, ffn, layers = self.plan.query.copy(), self.plan.ffn.copy(), 0
+        held = np.zeros(self._link.ranks, int)
+        for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
+            held += [self._bytes(rank, layer) for rank in range(self._link.ranks)]
+            if layers and held.max() > STEP_BYTES:
+                break
+            query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
+        return Plan(self._aim.name, query, ffn)
+
+    def _bytes(self, rank: int, layer: int) -> int:
+        heads, groups = self._aim.query_heads(rank)[layer], self._aim.groups(rank)[layer]
+        return shape_bytes(attention_shapes(self._config, heads)) + shape_bytes(ffn_shapes(self._config, groups))
+
+    def _announce(self, plan: Plan) -> None:
+        """Tell everybody what comes next."""
+        ranks, each = range(self._link.ranks), self._config.heads_per_kv
+        changes = {rank: self.plan.changes(plan, rank) for rank in ranks}
+        self._next, self._told = plan, (self._told + 1) % PLANS
+        self._changing = {rank for rank in ranks if changes[rank]}
+        self._refilled = {
+            (rank, layer): 0
+            for rank in ranks
+            for layer, own in changes[rank].items()
+            if new_kv_heads(each, self.plan.query_heads(rank)[layer], own.heads)
+        }
+        self._gainers = {rank for rank, _ in self._refilled} | {
+            rank for rank in ranks for layer, own in changes[rank].items() if set(own.groups) - set(self.plan.groups(rank)[layer])
+        }
+        for rank in self._link.workers:
+            self._link.announce(rank, self._told, to_rows(self.number, changes[rank], self._config.hidden), self._epoch)
+        self._holdings.prepare(self._told, changes[0], lambda: self._predictor.load(plan))
+
+    def _is_prepared(self) -> bool:
+        """Whether everybody who is there has loaded what changes. Raises HaloError if somebody cannot."""
+        if not self._holdings.is_prepared(self._told):
+            return False
+        for rank in self._changing - {0}:
+            peer = self._link.peers[rank]
+            if self._crew.does_without(rank):
+                continue
+            if peer.prepared != self._told:
+                return False
+            if peer.refusal:
+                raise HaloError(f"rank {rank}: {peer.refusal}")
+        return True
+
+    def _refill(self, position: int) -> bool:
+        """Send some rows for caches that are being filled; whether nothing is lacking then."""
+        waited_for = [rank for rank, _ in self._refilled if rank and self._link.peers[rank].replays]
+        if waited_for:
+            self._portion = max(PORTION_BYTES, self._portion // 2)
+            return False
+        history, lacking = self._crew.history, [key for key, rows in self._refilled.items() if rows < position]
+        left = max(history.portion(self._portion), FASTER * len(self._refilled)) if lacking else 0
+        for rank, layer in lacking:
+            start = self._refilled[rank, layer]
+            end = min(position, start + left)
+            if end <= start:
+                break
+            if rank:
+                history.refill(self._link, rank, layer, start, end, self._epoch, self._told)
+            else:
+                self._holdings.refill(layer, history.rows(layer, start, end), start)
+            self._refilled[rank, layer] = end
+            left -= end - start
+        self._portion = min(MOST_BYTES, 2 * self._portion) if lacking else self._portion
+        return all(rows >= position for rows in self._refilled.values())
+
+    def _switch(self) -> None:
+        """From now on all requests are of the new plan."""
+        self.plan, self.number, self._next = self._next, self._told, None
+        self._holdings.follow(self.number)
+        self._crew.follow(self.plan)
+        self._predictor.follow(self.plan)
+        if not changed_keys(self.plan, self._aim):
+            self._aim = None
+
+    def _give_up(self, why: str, for_good: bool = False) -> None:
+        """Stay with the plan that is in force; let everybody forget what it was told."""
+        self.may_move = self.may_move and not for_good
+        self._announce(self.plan)
+        self._aim = self._next = None
+        self._note(f"work stays where it is: {why}")

@@ -1,0 +1,123 @@
+"""Watches how the devices do while text flows, and lets work move when that is worth it."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from halo_mpi.engine.crew import Crew
+from halo_mpi.engine.mover import Mover
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
+from halo_mpi.schedule.cost import Cluster
+from halo_mpi.schedule.moving import Disks, moved
+from halo_mpi.schedule.placement import Plan, changed_keys
+from halo_mpi.schedule.shares import Work
+from halo_mpi.schedule.telemetry import Telemetry
+from halo_mpi.schedule.watch import Target, Watch
+from halo_mpi.wire.messages import Kind
+from halo_mpi.wire.root_link import Answer, RootLink
+
+PROBE_S = 0.5  # between two probes of a worker that has nothing to do
+GONE_S = 3.0  # that a worker is away, before its work moves
+
+
+class Replacer:
+    """`cluster`: as measured at the start; `disks`: what each rank's holds; `calibration`: of the model, if it has one.
+
+    `note` is told of every move, `phase` when one begins.
+    """
+
+    def __init__(self, config: ModelConfig, cluster: Cluster, work: Work, unstable: tuple[int, ...], disks: Disks,
+                 calibration: dict | None, mover: Mover, crew: Crew, link: RootLink, note: Callable[[str], None],
+                 phase: Callable[[str], None]):  # fmt: skip
+        self._config, self._work, self._disks, self._calibration = config, work, disks, calibration
+        self._mover, self._crew, self._link, self._note, self._phase = mover, crew, link, note, phase
+        self._telemetry = Telemetry(cluster)
+        self._watch = Watch(work, calibration is not None, unstable)
+        self._moving = False
+        self._probed_at = 0.0
+        self._plan: Plan | None = None
+        self._follow()
+
+    def computed(self, rank: int, kind: Kind, layer: int, seconds: float) -> None:
+        """A rank computed its part of a sync of one token."""
+        self._telemetry.computed(rank, kind, self._parts[kind][layer][rank], seconds * 1e3)
+
+    def answered(self, answer: Answer, kind: Kind, layer: int, late: bool) -> None:
+        """A worker's partial sum came."""
+        self.computed(answer.rank, kind, layer, answer.took_s)
+        over_s = answer.latency_s - answer.took_s
+        usual_s = self._link.peers[answer.rank].deadline.usual_s
+        self._telemetry.answered(answer.rank, over_s * 1e3, max(0.0, answer.latency_s - usual_s) * 1e3 if late else None)
+
+    def before_token(self) -> None:
+        """See to it, between two tokens."""
+        now, mover = self._link.waiter.now(), self._mover
+        self._telemetry.end_token()
+        self._follow()
+        if self._moving and mover.idle:
+            self._moving = False
+            self._watch.moved(now)
+            self._note(f"moved: heads {self._heads}, groups {self._groups} by rank")
+        if not mover.idle or not mover.may_move:
+            return
+        self._probe(now)
+        if not self._telemetry.known or not self._watch.due(now):
+            return
+        cluster = self._telemetry.cluster(self._crew.away_for(GONE_S))
+        target = self._watch.look(cluster, self._heads, self._groups, now)
+        if target:
+            self._begin(cluster, target)
+
+    def _begin(self, cluster: Cluster, target: Target) -> None:
+        shares, unstable = target.advice.shares, target.advice.unstable
+        plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
+        if not changed_keys(self._plan, plan):
+            return
+        if full := self._overfull(plan, cluster):
+            self._note(f"work stays where it is: rank {full[0]}'s memory would not hold its new part")
+            return
+        why = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {target.now_ms:.0f}"
+        if shares.cost.tpot_ms >= target.now_ms:
+            why = f"what matters least goes to rank {', '.join(map(str, unstable))}" if unstable else "all ranks are stable again"
+        self._note(f"moving work, since {why}: heads {list(shares.heads)}, groups {list(shares.groups)} by rank")
+        self._moving = True
+        self._mover.aim_at(plan)
+        self._phase("re-placement")
+
+    def _overfull(self, plan: Plan, cluster: Cluster) -> list[int]:
+        """Ranks whose memory does not hold what the plan gives them."""
+        full = []
+        for rank, device in enumerate(cluster.devices):
+            heads, groups = plan.query_heads(rank), plan.groups(rank)
+            taken = sum(map(shape_bytes, part_shapes(self._config, heads, groups)))
+            taken += cache_bytes(self._config, heads, self._work.context) + (self._work.root_bytes if rank == 0 else 0)
+            if device.memory is not None and taken > device.memory:
+                full.append(rank)
+        return full
+
+    def _follow(self) -> None:
+        """The parts of the plan in force."""
+        if self._plan is self._mover.plan:
+            return
+        plan, ranks = self._mover.plan, self._link.ranks
+        self._plan = plan
+        self._heads, self._groups = plan.counts(ranks)
+        self._parts = {
+            kind: [np.bincount(row, minlength=ranks) / len(row) for row in table]
+            for kind, table in ((Kind.ATTENTION, plan.query), (Kind.FFN, plan.ffn))
+        }
+
+    def _probe(self, now: float) -> None:
+        """Ask those that have nothing to do how fast they are."""
+        idle = [rank for rank in self._link.workers if not self._heads[rank] and not self._groups[rank]]
+        for rank in idle:
+            if probe := self._link.peers[rank].probe:
+                self._telemetry.computed(rank, Kind.FFN, 1 / self._config.groups, probe.took_s * 1e3)
+                self._telemetry.answered(rank, (probe.latency_s - probe.took_s) * 1e3, None)
+                self._link.peers[rank].probe = None
+        if now - self._probed_at > PROBE_S:
+            self._probed_at = now
+            for rank in idle:
+                if self._link.peers[rank].probed_at is None:
+                    self._link.probe_speed(rank, 0)
