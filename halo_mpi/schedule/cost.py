@@ -34,6 +34,10 @@ class Device:
     def whole_ms(self, kind: Kind) -> float:
         return self.attention_ms if kind == Kind.ATTENTION else self.ffn_ms
 
+    def begin_ms(self, is_root: bool) -> float:
+        """Of a request, beside its share of the work."""
+        return self.fixed_ms if is_root else self.link_ms + self.fixed_ms
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -77,7 +81,7 @@ def share_ms(device: Device, kind: Kind, part: float, is_root: bool) -> float:
     """When a device's answer is there, after the sync began, if no packet is lost; `part` of the layer is its own."""
     if not part:
         return 0.0
-    return (0.0 if is_root else device.link_ms) + device.fixed_ms + part * device.whole_ms(kind)
+    return device.begin_ms(is_root) + part * device.whole_ms(kind)
 
 
 def sync_cost(cluster: Cluster, kind: Kind, parts: Sequence[float]) -> Sync:
@@ -85,8 +89,13 @@ def sync_cost(cluster: Cluster, kind: Kind, parts: Sequence[float]) -> Sync:
     times = [share_ms(device, kind, part, rank == 0) for rank, (device, part) in enumerate(zip(cluster.devices, parts))]
     workers = [rank for rank in range(1, len(times)) if parts[rank]]
     longest = max(range(len(times)), key=times.__getitem__)
+    return Sync(times[longest], *beside_ms(cluster, workers), longest)
+
+
+def beside_ms(cluster: Cluster, workers: Sequence[int]) -> tuple[float, float]:
+    """What a sync with these workers takes beside the longest share: messages, and expected waiting for lost packets."""
     further_ms = cluster.sync_ms + cluster.further_ms * (len(workers) - 1) if workers else 0.0
-    return Sync(times[longest], further_ms, _stall_ms(cluster.devices, workers), longest)
+    return further_ms, _stall_ms(cluster.devices, workers)
 
 
 def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequence[int]) -> Cost:
@@ -95,7 +104,7 @@ def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequ
     return Cost(layers, *(sync_cost(cluster, kind, own) for kind, own in zip(KINDS, parts)), cluster.head_ms)
 
 
-def _stall_ms(devices: Sequence[Device], workers: list[int]) -> float:
+def _stall_ms(devices: Sequence[Device], workers: Sequence[int]) -> float:
     """Expected time that the slowest repair takes, if each worker's answer is late independently of the others'."""
     expected, none_so_far = 0.0, 1.0
     for device in sorted((devices[rank] for rank in workers), key=lambda device: -device.late_ms):
