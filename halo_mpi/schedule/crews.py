@@ -4,8 +4,9 @@ import heapq
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
+from halo_mpi.schedule.candidates import on_disk
 from halo_mpi.schedule.cost import Cluster, sync_cost
-from halo_mpi.schedule.work import Work, on_disk
+from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
 
 EVERY_CREW = 8  # workers, up to which all crews are tried

@@ -5,19 +5,24 @@ the devices, for each number of heads so far, says whether all heads and all gro
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
+from halo_mpi.schedule.candidates import Counts, Shares, on_disk, with_cost
 from halo_mpi.schedule.cost import KINDS, Cluster, Device, beside_ms
 from halo_mpi.schedule.crews import changed, crews, dealt_out
-from halo_mpi.schedule.work import Counts, Shares, Work, on_disk, with_cost
+from halo_mpi.schedule.reading import reading
+from halo_mpi.schedule.work import Work
 
 EVERY_CREW = 6  # workers, up to which all crews are tried
 SIZES = 6  # of a crew that are tried of more workers
 NEIGHBOURS = 3  # workers within a crew, and outside of it, that are tried in a move
-LOOKS = 10000  # devices looked at, all together, to see whether all finds a place
+LOOKS = 6000  # devices looked at, all together, to see whether all finds a place
 LEVELS = 120  # longest shares of attention that are tried with a pair of crews
 NONE = -(10**6)  # groups, where the heads alone are too much
+
+Crew = tuple[int, ...]
 
 
 def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares]) -> Shares | None:
@@ -56,9 +61,9 @@ class _Search:
         keys = [(device, rank == 0) for rank, device in enumerate(cluster.devices)]
         alike = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         self._which = np.array([alike[key] for key in keys])
-        self._ms = [
-            np.stack(tables) for tables in zip(*(_tables(work, *key) for key in alike))
-        ]  # [devices, heads + 1, groups + 1]
+        *self._ms, read_bytes = [np.stack(tables) for tables in zip(*(_tables(work, *key) for key in alike))]
+        self._possible = np.isfinite(self._ms[0])  # [kinds of devices, heads + 1, groups + 1], as all these tables
+        self._held = self._possible & (read_bytes == 0)
         self._levels = [np.unique(table[np.isfinite(table)]) for table in self._ms]
         self._least_ms: dict[tuple, tuple[float, float]] = {}
         so_far = np.arange(work.heads + 1)
@@ -75,7 +80,7 @@ class _Search:
         self._take(with_cost(self._cluster, self._work, *counts))
         return True
 
-    def try_crews(self, attention: tuple[int, ...], ffn: tuple[int, ...]) -> None:
+    def try_crews(self, attention: Crew, ffn: Crew) -> None:
         """Find the best longest shares of these crews, if they can be better than the best so far."""
         (first, beside_first), (second, beside_second) = self.least_ms(0, attention), self.least_ms(1, ffn)
         least, beside = (first, second), beside_first + beside_second
@@ -100,10 +105,9 @@ class _Search:
                     low = middle + 1
             self._take(with_cost(self._cluster, self._work, *counts))
 
-    def try_in_turn(self, attention: tuple[int, ...], ffn: tuple[int, ...]) -> None:
-        """Deal out one kind within the memory, then the other within what is left."""
-        can = np.isfinite(self._ms[0])
-        for first in (0, 1):
+    def try_in_turn(self, attention: Crew, ffn: Crew) -> None:
+        """Deal out one kind within the memory, then the other within what is left; or either within what may be read."""
+        for can, first in product((self._held, self._possible), (0, 1)):
             counts = [[0] * len(self._which)] * 2
             for kind in (first, 1 - first):
                 possible = can[self._which, :, counts[1]] if kind == 0 else can[self._which, counts[0]]  # [devices, count + 1]
@@ -122,13 +126,15 @@ class _Search:
         best, self.looks = None, 0
         while best is not self.best and self.looks <= LOOKS:
             best = self.best
-            crews = [tuple(rank for rank, own in enumerate(counts) if own or not rank) for counts in (best.heads, best.groups)]
-            for attention in changed(self._cluster, crews[0], NEIGHBOURS):
-                self.try_crews(attention, crews[1])
-            for ffn in changed(self._cluster, crews[1], NEIGHBOURS):
-                self.try_crews(crews[0], ffn)
+            first, second = (
+                tuple(rank for rank, own in enumerate(counts) if own or not rank) for counts in (best.heads, best.groups)
+            )
+            for attention in changed(self._cluster, first, NEIGHBOURS):
+                self.try_crews(attention, second)
+            for ffn in changed(self._cluster, second, NEIGHBOURS):
+                self.try_crews(first, ffn)
 
-    def least_ms(self, kind: int, crew: tuple[int, ...]) -> tuple[float, float]:
+    def least_ms(self, kind: int, crew: Crew) -> tuple[float, float]:
         """What the longest share of one kind must take with a crew, and what a sync takes beside it."""
         if (kind, crew) not in self._least_ms:
             self._least_ms[kind, crew] = self._least(kind, crew), sum(beside_ms(self._cluster, crew[1:]))
@@ -144,7 +150,7 @@ class _Search:
         levels = self._levels[kind]
         return levels[np.searchsorted(levels, least * (1 - 1e-9)) : np.searchsorted(levels, most)]
 
-    def _least(self, kind: int, crew: tuple[int, ...]) -> float:
+    def _least(self, kind: int, crew: Crew) -> float:
         """The longest share if a crew did nothing else than one kind, ms; inf if it cannot."""
         alone = self._ms[0][:, :, 0] if kind == 0 else self._ms[1][:, 0, :]
         count, alone = alone.shape[1] - 1, alone[self._which[list(crew)]]
@@ -190,14 +196,19 @@ class _Search:
 
 
 def _tables(work: Work, device: Device, is_root: bool) -> list[np.ndarray]:
-    """What a share of each kind takes, ms, of a device with so many heads and groups [heads + 1, groups + 1]; inf where it cannot."""
+    """What a share of each kind takes, ms, of a device with so many heads and groups [heads + 1, groups + 1]; inf where it cannot.
+
+    And how many bytes it reads.
+    """
     heads, groups = np.arange(work.heads + 1)[:, None], np.arange(work.groups + 1)[None, :]
+    kv_heads = np.array([work.kv_heads(own) for own in range(work.heads + 1)])[:, None]
+    read = reading(device, work, is_root, heads, kv_heads, groups)
     cannot = (heads > on_disk(device, work, KINDS[0])) | (groups > on_disk(device, work, KINDS[1]))
     if device.memory is not None:
-        held = work.bytes_of_all() + (work.root_bytes if is_root else 0)
-        cannot = cannot | (held > device.memory)
-    tables = []
-    for kind, own in zip(KINDS, (heads, groups)):
-        ms = np.where(own > 0, device.begin_ms(is_root) + own / work.count(kind) * device.whole_ms(kind), 0.0)
+        cannot = cannot | (read.held_bytes > device.memory)
+    tables, link_ms = [], 0.0 if is_root else device.link_ms
+    for kind, own, read_ms in zip(KINDS, (heads, groups), (read.attention_ms, read.ffn_ms)):
+        compute_ms = device.fixed_ms + own / work.count(kind) * device.whole_ms(kind)
+        ms = np.where(own > 0, link_ms + np.maximum(compute_ms, read_ms), 0.0)
         tables.append(np.where(cannot, np.inf, ms))
-    return tables
+    return [*tables, np.broadcast_to(read.read_bytes, cannot.shape)]

@@ -4,14 +4,17 @@ Shares are counts, the same in every layer; which heads and groups they are, `pl
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.records import split_evenly
-from halo_mpi.schedule.cost import KINDS, Cluster, share_ms
+from halo_mpi.schedule.candidates import Counts, Shares, fits, on_disk, with_cost
+from halo_mpi.schedule.cost import KINDS, Cluster, share_ms, token_cost
 from halo_mpi.schedule.crews import best_alone, dealt_out
 from halo_mpi.schedule.memory import mebibytes
+from halo_mpi.schedule.reading import reading_of
 from halo_mpi.schedule.search import best_in_memory
-from halo_mpi.schedule.work import Counts, Shares, Work, fits, on_disk, with_cost
+from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
 
 NEIGHBOURS = 16  # devices that are tried in a move
@@ -29,14 +32,16 @@ def usual_shares(cluster: Cluster, work: Work) -> dict[str, Shares]:
 def best_shares(cluster: Cluster, work: Work) -> Shares:
     """The shares with the least time per token that are found; the same for the same arguments.
 
-    Each kind gets its best crew and counts; if that is more than the memory of some device holds, both kinds are tried together, and then
-    single units and devices are moved as long as that helps. The tests compare it with all possible shares of small clusters. Raises
-    MemoryBudgetError if it finds none that the devices' memory holds.
+    Each kind gets its best crew and counts; if some device's memory does not hold that, nor its disk gives it in time, both kinds are
+    tried together, and then single units and devices are moved as long as that helps. The tests compare it with all possible shares of
+    small clusters. Raises MemoryBudgetError if it finds none that the devices' memory holds.
     """
     usual = [*usual_shares(cluster, work).values()]
     alone = [best_alone(cluster, work, kind) for kind in KINDS]
     if all(alone) and fits(cluster, work, alone):
-        return min([with_cost(cluster, work, *alone), *usual], key=lambda shares: shares.cost.tpot_ms)
+        usual.append(with_cost(cluster, work, *alone))
+        if usual[-1].cost.tpot_ms <= token_cost(cluster, work.layers, *alone).tpot_ms:  # nobody waits for a disk
+            return min(usual, key=lambda shares: shares.cost.tpot_ms)
     best = best_in_memory(cluster, work, usual)
     if best is None:
         raise MemoryBudgetError(_why_not(cluster, work))
@@ -44,12 +49,12 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
 
 
 def _why_not(cluster: Cluster, work: Work) -> str:
-    root, advice = (
-        cluster.devices[0].memory,
-        "use more devices, fewer tokens of context or a smaller model, or read from disk: generate --memory",
-    )
-    if root is not None and root < work.root_bytes:
-        return f"the root's memory, {mebibytes(root)}, does not hold what it needs beside its share, {mebibytes(work.root_bytes)}; {advice}"
+    root, advice = cluster.devices[0], "use more devices, fewer tokens of context or a smaller model"
+    if all(device.read_gbps is None for device in cluster.devices):
+        advice += ", or read from disk: generate --memory"
+    least = int(reading_of(root, work, True, 0, 0).held_bytes)
+    if root.memory is not None and root.memory < least:
+        return f"the root's memory, {mebibytes(root.memory)}, does not hold what it needs beside its share, {mebibytes(least)}; {advice}"
     needed = work.bytes_of(work.heads, work.groups) + work.root_bytes
     limited = [device.memory for device in cluster.devices if device.memory is not None]
     return (
@@ -72,21 +77,25 @@ def _improved(cluster: Cluster, work: Work, shares: Shares) -> Shares:
 
 
 def _moves(cluster: Cluster, work: Work, shares: Shares) -> Iterator[Counts]:
-    """One unit away from the device that a sync waits for, alone or against one or two units of the other kind; or all of a worker's."""
+    """One unit away from the device that a sync waits for, alone or against one or two units of the other kind; or all of a worker's.
+
+    What reads from disk, reads less in all syncs if it has less of any kind.
+    """
     both = {Kind.ATTENTION: shares.heads, Kind.FFN: shares.groups}
-    for kind, sync in zip(KINDS, (shares.cost.attention, shares.cost.ffn)):
-        count, giver, own = work.count(kind), sync.longest, both[kind]
-        other_kind = Kind.FFN if kind == Kind.ATTENTION else Kind.ATTENTION
+    longest = {kind: sync.longest for kind, sync in zip(KINDS, (shares.cost.attention, shares.cost.ffn))}
+    readers = {rank for rank in {0, *longest.values()} if cluster.devices[rank].read_gbps is not None}
+    for kind, other_kind in (KINDS, KINDS[::-1]):
+        count, own = work.count(kind), both[kind]
         times = [share_ms(device, kind, (own[rank] + 1) / count, rank == 0) for rank, device in enumerate(cluster.devices)]
-        for taker in sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS]:
-            for back in (0, 1, 2):
-                if taker != giver and own[giver] and both[other_kind][taker] >= back:
-                    counts = {kind: list(own), other_kind: list(both[other_kind])}
-                    counts[kind][giver] -= 1
-                    counts[kind][taker] += 1
-                    counts[other_kind][giver] += back
-                    counts[other_kind][taker] -= back
-                    yield counts[Kind.ATTENTION], counts[Kind.FFN]
+        takers = sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS]
+        for giver, taker, back in product(sorted({longest[kind], *readers}), takers, (0, 1, 2)):
+            if taker != giver and own[giver] and both[other_kind][taker] >= back:
+                counts = {kind: list(own), other_kind: list(both[other_kind])}
+                counts[kind][giver] -= 1
+                counts[kind][taker] += 1
+                counts[other_kind][giver] += back
+                counts[other_kind][taker] -= back
+                yield counts[Kind.ATTENTION], counts[Kind.FFN]
         crew = [rank for rank in range(len(own)) if own[rank]]
         for left in sorted(crew, key=own.__getitem__)[:NEIGHBOURS]:
             most = {rank: on_disk(cluster.devices[rank], work, kind) for rank in {0, *crew} - {left}}
