@@ -24,7 +24,9 @@ EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan -
 @click.option("--devices", "file", type=click.Path(path_type=Path),
               help="Plan for the devices of this JSON file, without MPI. Default: those that this runs on are measured.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the KV cache must hold.")
-@click.option("--memory", type=Size(), help="Most memory for weights and KV cache of one rank, e.g. 800M. Default: what is free.")
+@click.option("--memory", type=Size(),
+              help="Most memory for weights and KV cache of one rank, e.g. 800M; what it does not hold is planned to be read from disk at "
+                   "every token. Default: what is free.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS", help="Threads of each rank. Default: as generate's.")
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
@@ -35,7 +37,8 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, context
 
     The devices are measured in about a second, or read from a file: {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"}, {"name":
     "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "loss": 0.02}]}, the root first; speed in GB/s of weights that a
-    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction.
+    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction. With "read_gbps", GB/s of f32
+    weights that its disk gives, a device may get more than its memory holds.
     """
     from halo_mpi.schedule.advice import advise
     from halo_mpi.schedule.shares import Work

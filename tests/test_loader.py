@@ -20,7 +20,7 @@ from halo_mpi.model.loading import load_layer, share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import SLOTS, reside
 from halo_mpi.store.reader import ModelStore
-from tests.mpi import halo, report_of
+from tests.mpi import EVEN, halo, report_of
 
 PROMPT = ["--prompt", "The dog", "--max-tokens", "12", "--ignore-eos"]
 
@@ -129,7 +129,7 @@ def test_messages_are_looked_at_while_a_part_is_waited_for(deep):
 @pytest.mark.mpi
 @pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), (3, "strict"), (3, "relaxed")])
 def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ranks, sync):
-    options = ["--model", deep, *PROMPT, "--sync", sync, "--wire", "f32"]
+    options = ["--model", deep, *PROMPT, *EVEN, "--sync", sync, "--wire", "f32"]
     held = report_of(ranks, "generate", tmp_path, *options)
     assert not any(device["streamed_bytes"] for device in held["devices"])
     memory = max(device["weights_bytes"] for device in held["devices"]) * 3 // 4

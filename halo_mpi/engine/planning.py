@@ -12,6 +12,7 @@ import psutil
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.profile import measure_cluster
+from halo_mpi.engine.read_speed import read_gbps
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
@@ -29,9 +30,16 @@ def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
     program = max(0, BASE_BYTES - psutil.Process().memory_info().rss)  # what this rank will take beside weights and cache
     free = max(0, available_bytes() // session.ranks_on_host - program)
+    budget, store = session.run.memory, session.store
+    reads = (
+        budget is not None and budget <= free
+    )  # what is over its budget a rank reads from disk; there is none for what is free
     about = {
         "name": session.host,
-        "memory": free if session.run.memory is None else min(free, session.run.memory),
+        "memory": budget if reads else free,
+        "read_gbps": session.together(
+            lambda: read_gbps(store, session.config, session.comm.rank, session.comm.size) if reads else None
+        ),
         "disk_heads": len(session.store.entries("query")),
         "disk_groups": len(session.store.entries("ffn")),
     }

@@ -5,7 +5,8 @@
      "sync_ms": 0.3, "further_ms": 0.05}
 
 The first device is the root. `speed`: GB/s at which it multiplies a matrix by a vector; or `attention_ms` and `ffn_ms`, and the other
-names of a Device, as `halo-mpi plan --json` prints them. `sync_ms`: what a sync takes beside its longest share; `further_ms`: what each
+names of a Device, as `halo-mpi plan --json` prints them. `read_gbps`: with it a share may be larger than the memory; what does not fit is
+read at every token, so many GB/s of f32 weights, decoded. `sync_ms`: what a sync takes beside its longest share; `further_ms`: what each
 worker but the first adds. `mbit`: a message's own time is added to `link_ms`; the root's, which sends twice, to `further_ms`. `loss`: of
 packets, per direction, in place of `late_rate` and `late_ms`.
 """
@@ -91,6 +92,7 @@ def _device(entry: dict, config: ModelConfig, context: int, where: str) -> Devic
     memory = None if entry.get("memory") is None else parse_size(str(entry["memory"])[:20])
     if entry.get("memory") is not None and memory is None:
         raise InputError(f"{where}: memory {str(entry['memory'])[:20]!r} is not a size; write for example 800M or 1.5G")
+    known["read_gbps"] = None if entry.get("read_gbps") is None else _number(entry, "read_gbps", where, least=1e-6)
     for name in ("disk_heads", "disk_groups"):
         known[name] = None if entry.get(name) is None else int(_number(entry, name, where))
     return Device(str(entry.get("name", "device")), **whole, **known, memory=memory)

@@ -9,8 +9,10 @@ from rich.table import Table
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.advice import WORTH, Advice
+from halo_mpi.schedule.candidates import Shares
 from halo_mpi.schedule.cost import KINDS, Cluster, Cost, share_ms
-from halo_mpi.schedule.shares import Shares, Work
+from halo_mpi.schedule.reading import Reading, reading_of, room
+from halo_mpi.schedule.work import Work
 
 NAMES = {
     "even": "even shares",
@@ -33,16 +35,17 @@ def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -
         "head_ms": cluster.head_ms,
         "chosen": advice.chosen,
         "unstable": list(advice.unstable),
-        "options": {name: _option(shares, work) for name, shares in advice.options.items()},
+        "options": {name: _option(shares, _readings(cluster, work, shares)) for name, shares in advice.options.items()},
     }
 
 
-def _option(shares: Shares, work: Work) -> dict:
+def _option(shares: Shares, read: list[Reading]) -> dict:
     cost = shares.cost
     return {
         "heads": list(shares.heads),
         "groups": list(shares.groups),
-        "bytes": [_held(work, rank, shares) for rank in range(len(shares.heads))],
+        "bytes": [int(own.held_bytes) for own in read],
+        "read_bytes": [int(own.read_bytes) for own in read],
         "tpot_ms": cost.tpot_ms,
         "attention_ms": asdict(cost.attention),
         "ffn_ms": asdict(cost.ffn),
@@ -50,8 +53,9 @@ def _option(shares: Shares, work: Work) -> dict:
     }
 
 
-def _held(work: Work, rank: int, shares: Shares) -> int:
-    return work.bytes_of(shares.heads[rank], shares.groups[rank]) + (work.root_bytes if rank == 0 else 0)
+def _readings(cluster: Cluster, work: Work, shares: Shares) -> list[Reading]:
+    own = zip(cluster.devices, shares.heads, shares.groups)
+    return [reading_of(device, work, rank == 0, heads, groups) for rank, (device, heads, groups) in enumerate(own)]
 
 
 def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -> None:
@@ -66,21 +70,24 @@ def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice
 
 
 def _devices(config: ModelConfig, cluster: Cluster, work: Work, shares: Shares) -> Table:
-    table = Table(title=escape(f"{config.name}: {config.layers} layers of {config.heads} heads and {config.groups} groups"))
-    for column in ("rank", "device", "heads", "groups", "memory\nMiB", "of\nMiB", "link\nms", "late", "attn.\nms", "FFN\nms"):
+    every = _readings(cluster, work, shares)
+    reads = ["read\nMiB"] if any(own.read_bytes for own in every) else []
+    title = escape(f"{config.name}: {config.layers} layers of {config.heads} heads and {config.groups} groups")
+    table = Table(title=title, padding=(0, 0 if reads else 1))  # all columns in 80
+    columns = ("rank", "device", "heads", "groups", "memory\nMiB", "of\nMiB", *reads, "link\nms", "late", "attn.\nms", "FFN\nms")
+    for column in columns:
         if column == "device":
             table.add_column(column, no_wrap=True, max_width=NAME_WIDTH)
         else:
             table.add_column(column, justify="right", no_wrap=True)
-    for rank, device in enumerate(cluster.devices[:MOST_ROWS]):
+    for rank, (device, own) in enumerate(zip(cluster.devices[:MOST_ROWS], every)):
         heads, groups = shares.heads[rank], shares.groups[rank]
-        times = (
-            share_ms(device, kind, own / whole, rank == 0)
-            for kind, own, whole in zip(KINDS, (heads, groups), (work.heads, work.groups))
-        )
+        parts, reading_ms = (heads / work.heads, groups / work.groups), (float(own.attention_ms), float(own.ffn_ms))
+        times = (share_ms(device, kind, part, rank == 0, ms) for kind, part, ms in zip(KINDS, parts, reading_ms))
         memory = "-" if device.memory is None else f"{device.memory / 2**20:.0f}"
-        held = f"{_held(work, rank, shares) / 2**20:.0f}"
-        table.add_row(str(rank), escape(device.name), str(heads), str(groups), held, memory, f"{device.link_ms:.2f}",
+        read = [f"{own.read_bytes / 2**20:.0f}" if own.read_bytes else "-" for _ in reads]
+        held = f"{own.held_bytes / 2**20:.0f}"
+        table.add_row(str(rank), escape(device.name), str(heads), str(groups), held, memory, *read, f"{device.link_ms:.2f}",
                       f"{device.late_rate:.1%}", *(f"{ms:.2f}" if ms else "-" for ms in times))  # fmt: skip
     return table
 
@@ -116,7 +123,7 @@ def _reasons(cluster: Cluster, work: Work, shares: Shares, advice: Advice) -> li
     else:
         lines = [f"The best shares found are {1 - best.cost.tpot_ms / even.cost.tpot_ms:.0%} faster than even ones."]
     idle = [rank for rank in range(ranks) if not shares.heads[rank] and not shares.groups[rank]]
-    full = [rank for rank in idle if (memory := cluster.devices[rank].memory) is not None and memory < work.bytes_of(0, 1)]
+    full = [rank for rank in idle if room(cluster.devices[rank], work, rank == 0, 0, 1) < 0]
     if idle and advice.chosen == "even":
         lines.append(f"Nothing to do for {_named(idle)}: there are only {work.heads} heads and {work.groups} groups.")
     elif idle:

@@ -1,0 +1,41 @@
+"""How fast a rank's disk gives weights that are ready to compute with."""
+
+import time
+from itertools import product
+from math import gcd
+
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.store.reader import ModelStore
+
+READ_S = 0.1
+TOGETHER = 4  # neighbouring records, which a disk gives faster than scattered ones
+
+
+def read_gbps(store: ModelStore, config: ModelConfig, rank: int, ranks: int) -> float | None:
+    """GB/s of f32 weights, read and decoded as the loader does it, for READ_S; None if there are none on this disk.
+
+    Each record is read once, from places spread over the layers and others on every rank, so that on a Pi that has not yet used the model
+    the disk answers. Records that the page cache holds come faster, several times where the disk is slow: the figure then is that of
+    memory and decoding, and tokens take what was planned only as long as the files stay in the cache beside the weights.
+    """
+    table = next((name for name in ("ffn", "query") if store.entries(name)), None)
+    if table is None:
+        return None
+    layout, entries = store.layout(table), sorted(store.entries(table))
+    runs = [entries[first : first + TOGETHER] for first in range(0, len(entries), TOGETHER)]
+    first_layer, first_run = rank * config.layers // ranks, rank * len(runs) // ranks
+    far = _step(config.layers)
+    weights, begin = 0, time.perf_counter()
+    for turn, step in product(range(len(runs)), range(config.layers)):
+        layer = (first_layer + step * far) % config.layers
+        for entry in runs[(first_run + step + turn) % len(runs)]:
+            record = store.read(table, layer, entry)
+            weights += sum(layout.unpack(record, name).copy().nbytes for name in layout.parts)
+        if time.perf_counter() - begin > READ_S:
+            break
+    return weights / (time.perf_counter() - begin) / 1e9
+
+
+def _step(layers: int) -> int:
+    """From one layer to another that is far, so that all are met."""
+    return next(step for step in range(max(1, layers * 2 // 5), layers + 1) if gcd(step, layers) == 1)

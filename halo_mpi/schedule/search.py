@@ -1,0 +1,214 @@
+"""Both kinds of work within the devices' memory: crews and longest shares are tried, those that promise most first.
+
+For the longest shares of attention and of the FFN, each device could do so many groups beside each number of heads; the best sum over
+the devices, for each number of heads so far, says whether all heads and all groups find a place.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from halo_mpi.schedule.candidates import Counts, Shares, on_disk, with_cost
+from halo_mpi.schedule.cost import KINDS, Cluster, Device, beside_ms
+from halo_mpi.schedule.crews import changed, crews, dealt_out
+from halo_mpi.schedule.reading import reading
+from halo_mpi.schedule.work import Work
+
+EVERY_CREW = 6  # workers, up to which all crews are tried
+SIZES = 6  # of a crew that are tried of more workers
+NEIGHBOURS = 3  # workers within a crew, and outside of it, that are tried in a move
+LOOKS = 6000  # devices looked at, all together, to see whether all finds a place
+LEVELS = 120  # longest shares of attention that are tried with a pair of crews
+NONE = -(10**6)  # groups, where the heads alone are too much
+
+Crew = tuple[int, ...]
+
+
+def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares]) -> Shares | None:
+    """The shares with the least time per token that are found, `starts` among them; None if the devices cannot hold everything.
+
+    Of small clusters exactly, unless there are too many ways to try.
+    """
+    search = _Search(cluster, work, starts)
+    if search.best or search.find_any():
+        pairs = [(first, second) for first in search.crews for second in search.crews]
+        if len(cluster.devices) - 1 > EVERY_CREW:
+            for pair in pairs:
+                search.try_in_turn(*pair)
+        bounds = np.add.outer(*([sum(search.least_ms(kind, crew)) for crew in search.crews] for kind in (0, 1))).ravel()
+        for pair in np.argsort(bounds, kind="stable"):
+            if bounds[pair] >= search.best_ms or search.looks > LOOKS:
+                break
+            search.try_crews(*pairs[pair])
+        if len(cluster.devices) - 1 > EVERY_CREW:
+            search.change_crews()
+    return search.best
+
+
+class _Search:
+    """`best`: the best shares so far; `best_ms`: what their syncs take, per layer.
+
+    `crews`: those to try; `looks`: what was done so far.
+    """
+
+    def __init__(self, cluster: Cluster, work: Work, starts: Sequence[Shares]):
+        self._cluster, self._work, self.looks = cluster, work, 0
+        self.best, self.best_ms = None, np.inf
+        for shares in starts:
+            self._take(shares)
+        self.crews = crews(cluster, EVERY_CREW, SIZES)
+        keys = [(device, rank == 0) for rank, device in enumerate(cluster.devices)]
+        alike = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        self._which = np.array([alike[key] for key in keys])
+        *self._ms, read_bytes = [np.stack(tables) for tables in zip(*(_tables(work, *key) for key in alike))]
+        self._possible = np.isfinite(self._ms[0])  # [kinds of devices, heads + 1, groups + 1], as all these tables
+        self._held = self._possible & (read_bytes == 0)
+        self._levels = [np.unique(table[np.isfinite(table)]) for table in self._ms]
+        self._least_ms: dict[tuple, tuple[float, float]] = {}
+        so_far = np.arange(work.heads + 1)
+        self._before = so_far[:, None] - so_far  # [heads so far, heads of the next device]: heads of those before
+        self._before[self._before < 0] = work.heads + 1  # where there is nothing
+
+    def find_any(self) -> bool:
+        """Whether there are shares that the devices can hold; if there are, they are the best so far."""
+        everybody = range(len(self._which))
+        if not all(map(len, self._levels)) or not (
+            counts := self._counts(*(levels[-1] for levels in self._levels), everybody, everybody)
+        ):
+            return False
+        self._take(with_cost(self._cluster, self._work, *counts))
+        return True
+
+    def try_crews(self, attention: Crew, ffn: Crew) -> None:
+        """Find the best longest shares of these crews, if they can be better than the best so far."""
+        (first, beside_first), (second, beside_second) = self.least_ms(0, attention), self.least_ms(1, ffn)
+        least, beside = (first, second), beside_first + beside_second
+        if not np.isfinite(sum(least)):
+            return
+        levels = self._between(0, least[0], self.best_ms - beside - least[1])
+        if len(levels) > LEVELS:
+            levels = levels[np.linspace(0, len(levels) - 1, LEVELS).astype(int)]
+        for number in sorted(range(len(levels)), key=lambda number: -(number & -number) if number else -LEVELS):  # coarsely first
+            level = levels[number]
+            if self.looks > LOOKS:
+                return
+            others = self._between(1, least[1], self.best_ms - beside - level)
+            if not len(others) or (counts := self._counts(level, others[-1], attention, ffn)) is None:
+                continue
+            low, high = 0, len(others) - 1
+            while low < high:
+                middle = (low + high) // 2
+                if found := self._counts(level, others[middle], attention, ffn):
+                    high, counts = middle, found
+                else:
+                    low = middle + 1
+            self._take(with_cost(self._cluster, self._work, *counts))
+
+    def try_in_turn(self, attention: Crew, ffn: Crew) -> None:
+        """Deal out one kind within the memory, then the other within what is left; or either within what may be read."""
+        for can, first in product((self._held, self._possible), (0, 1)):
+            counts = [[0] * len(self._which)] * 2
+            for kind in (first, 1 - first):
+                possible = can[self._which, :, counts[1]] if kind == 0 else can[self._which, counts[0]]  # [devices, count + 1]
+                most = (possible * np.arange(possible.shape[1])).max(1).tolist()
+                crew = (attention, ffn)[kind]
+                dealt = dealt_out(self._cluster, KINDS[kind], possible.shape[1] - 1, {rank: most[rank] for rank in crew})
+                if dealt is None:
+                    break
+                counts[kind] = dealt
+            else:
+                if can[self._which, counts[0], counts[1]].all():
+                    self._take(with_cost(self._cluster, self._work, *counts))
+
+    def change_crews(self) -> None:
+        """Try crews that differ by one worker from the best, as long as that helps."""
+        best, self.looks = None, 0
+        while best is not self.best and self.looks <= LOOKS:
+            best = self.best
+            first, second = (
+                tuple(rank for rank, own in enumerate(counts) if own or not rank) for counts in (best.heads, best.groups)
+            )
+            for attention in changed(self._cluster, first, NEIGHBOURS):
+                self.try_crews(attention, second)
+            for ffn in changed(self._cluster, second, NEIGHBOURS):
+                self.try_crews(first, ffn)
+
+    def least_ms(self, kind: int, crew: Crew) -> tuple[float, float]:
+        """What the longest share of one kind must take with a crew, and what a sync takes beside it."""
+        if (kind, crew) not in self._least_ms:
+            self._least_ms[kind, crew] = self._least(kind, crew), sum(beside_ms(self._cluster, crew[1:]))
+        return self._least_ms[kind, crew]
+
+    def _take(self, shares: Shares) -> None:
+        if self.best is None or shares.cost.tpot_ms < self.best.cost.tpot_ms:
+            self.best = shares
+            self.best_ms = (shares.cost.tpot_ms - self._cluster.head_ms) / self._work.layers * (1 - 1e-9)
+
+    def _between(self, kind: int, least: float, most: float) -> np.ndarray:
+        """Lengths of a share of one kind, ms, ascending."""
+        levels = self._levels[kind]
+        return levels[np.searchsorted(levels, least * (1 - 1e-9)) : np.searchsorted(levels, most)]
+
+    def _least(self, kind: int, crew: Crew) -> float:
+        """The longest share if a crew did nothing else than one kind, ms; inf if it cannot."""
+        alone = self._ms[0][:, :, 0] if kind == 0 else self._ms[1][:, 0, :]
+        count, alone = alone.shape[1] - 1, alone[self._which[list(crew)]]
+        levels = self._levels[kind]
+
+        def holds(level: float) -> bool:
+            fits = alone <= level
+            return (fits * np.arange(count + 1)).max(1).sum() >= count
+
+        if not len(levels) or not holds(levels[-1]):
+            return np.inf
+        low, high = 0, len(levels) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(levels[middle]) else (middle + 1, high)
+        return float(levels[high])
+
+    def _counts(self, attention_ms: float, ffn_ms: float, attention: Sequence[int], ffn: Sequence[int]) -> Counts | None:
+        """Heads and groups by rank so that no share is longer; None if there are none."""
+        work, ranks = self._work, [rank for rank in range(len(self._which)) if rank in attention or rank in ffn]
+        self.looks += len(ranks)
+        kinds, of_rank = np.unique(self._which[ranks], return_inverse=True)
+        may = (self._ms[0][kinds] <= attention_ms) & (self._ms[1][kinds] <= ffn_ms)
+        most = may.sum(2) - 1  # [kinds of devices, heads + 1]: groups beside so many heads
+        most[most < 0] = NONE
+        only_heads = np.minimum(most, 0)
+        only_groups = np.where(np.arange(work.heads + 1) == 0, most, NONE)
+        rooms, sums = [], [np.where(np.arange(work.heads + 2) == 0, 0, NONE)]  # [heads so far]: groups so far
+        for rank, kind in zip(ranks, of_rank):
+            rooms.append((only_heads if rank not in ffn else only_groups if rank not in attention else most)[kind])
+            sums.append(np.append((sums[-1][self._before] + rooms[-1]).max(1), NONE))
+        if sums[-1][work.heads] < work.groups:
+            return None
+        heads, groups, left = [0] * len(self._which), [0] * len(self._which), work.heads
+        for rank, room, before in zip(ranks[::-1], rooms[::-1], sums[-2::-1]):
+            own = int((before[self._before[left]] + room)[: left + 1].argmax())
+            heads[rank], groups[rank], left = own, int(room[own]), left - own
+        over = sum(groups) - work.groups
+        for rank in ranks[::-1]:
+            less = min(over, groups[rank])
+            groups[rank], over = groups[rank] - less, over - less
+        return heads, groups
+
+
+def _tables(work: Work, device: Device, is_root: bool) -> list[np.ndarray]:
+    """What a share of each kind takes, ms, of a device with so many heads and groups [heads + 1, groups + 1]; inf where it cannot.
+
+    And how many bytes it reads.
+    """
+    heads, groups = np.arange(work.heads + 1)[:, None], np.arange(work.groups + 1)[None, :]
+    kv_heads = np.array([work.kv_heads(own) for own in range(work.heads + 1)])[:, None]
+    read = reading(device, work, is_root, heads, kv_heads, groups)
+    cannot = (heads > on_disk(device, work, KINDS[0])) | (groups > on_disk(device, work, KINDS[1]))
+    if device.memory is not None:
+        cannot = cannot | (read.held_bytes > device.memory)
+    tables, link_ms = [], 0.0 if is_root else device.link_ms
+    for kind, own, read_ms in zip(KINDS, (heads, groups), (read.attention_ms, read.ffn_ms)):
+        compute_ms = device.fixed_ms + own / work.count(kind) * device.whole_ms(kind)
+        ms = np.where(own > 0, link_ms + np.maximum(compute_ms, read_ms), 0.0)
+        tables.append(np.where(cannot, np.inf, ms))
+    return [*tables, np.broadcast_to(read.read_bytes, cannot.shape)]
