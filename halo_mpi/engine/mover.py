@@ -24,8 +24,9 @@ from halo_mpi.schedule.placement import Change, Plan, changed_keys
 from halo_mpi.wire.messages import PLANS, rows_text, text_rows
 from halo_mpi.wire.root_link import RootLink
 
-STEP_BYTES = 24 * 2**20  # of matrices that a rank holds twice
-PORTION_BYTES, MOST_BYTES = 16 * 2**10, 256 * 2**10  # of attention inputs, before a token
+STEP_BYTES = 48 * 2**20  # of matrices that a rank holds twice, at most, if one layer's are not more
+PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2**20  # of attention inputs, before a token
+SHORT, LONG = 0.1, 0.3  # of a token's time that a portion may take: below it grows, above it shrinks
 FASTER = 4  # rows, at least, for each that a token adds
 TEXT_ROWS = 64
 
@@ -58,7 +59,7 @@ class Mover:
         self._aim: Plan | None = None
         self._next: Plan | None = None  # of which the step under way is told
         self._refilled: dict[tuple[int, int], int] = {}  # rows, by (rank, layer), of caches that are being filled
-        self._portion = PORTION_BYTES
+        self._portion, self._sent_at = PORTION_BYTES, 0.0
         self.may_move = True
 
     @property
@@ -66,9 +67,9 @@ class Mover:
         """Whether nothing is under way."""
         return self._aim is None
 
-    def aim_at(self, plan: Plan) -> None:
-        """Make this the plan, from the next token on."""
-        self._aim = plan
+    def aim_at(self, plan: Plan, room: int | None = None) -> None:
+        """Make this the plan, from the next token on. `room`: bytes that every rank has left."""
+        self._aim, self._step_bytes = plan, STEP_BYTES if room is None else min(STEP_BYTES, room)
 
     def before_token(self, position: int, epoch: int) -> None:
         """Do what can be done before the token at `position`, 0 if it is a text's first."""
@@ -97,7 +98,7 @@ class Mover:
         held = np.zeros(self._link.ranks, int)
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
             held += [self._bytes(rank, layer) for rank in range(self._link.ranks)]
-            if layers and held.max() > STEP_BYTES:
+            if layers and held.max() > self._step_bytes:
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
         return Plan(self._aim.name, query, ffn)
@@ -141,10 +142,15 @@ class Mover:
 
     def _refill(self, position: int) -> bool:
         """Send some rows for caches that are being filled; whether nothing is lacking then."""
-        waited_for = [rank for rank, _ in self._refilled if rank and self._link.peers[rank].replays]
-        if waited_for:
+        now, peers = self._link.waiter.now(), [self._link.peers[rank] for rank, _ in self._refilled if rank]
+        took_s, token_s = max((peer.replayed_at for peer in peers), default=0.0) - self._sent_at, now - self._sent_at
+        if any(peer.replays for peer in peers):
             self._portion = max(PORTION_BYTES, self._portion // 2)
             return False
+        if took_s > LONG * token_s:
+            self._portion = max(PORTION_BYTES, self._portion // 2)
+        elif 0 < took_s < SHORT * token_s:
+            self._portion = min(MOST_BYTES, 2 * self._portion)
         history, lacking = self._crew.history, [key for key, rows in self._refilled.items() if rows < position]
         left = max(history.portion(self._portion), FASTER * len(self._refilled)) if lacking else 0
         for rank, layer in lacking:
@@ -158,7 +164,7 @@ class Mover:
                 self._holdings.refill(layer, history.rows(layer, start, end), start)
             self._refilled[rank, layer] = end
             left -= end - start
-        self._portion = min(MOST_BYTES, 2 * self._portion) if lacking else self._portion
+        self._sent_at = now
         return all(rows >= position for rows in self._refilled.values())
 
     def _switch(self) -> None:

@@ -26,7 +26,7 @@ LEAST_TIMES = 5
 SAMPLE_BYTES = 16 * 2**20  # about; a Pi's caches have 2 MiB
 SAMPLE_CONTEXT = 256  # tokens in the KV cache
 LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however noisy the machine
-HEAD_TIMES = 7
+HEAD_TIMES, GROUP_TIMES = 7, 5
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
 SLOW = 1.5  # times the usual computing
 LATE, LATE_MS = 2.0, 2.0  # times the usual latency, and so much on top
@@ -134,16 +134,21 @@ def _sample(config: ModelConfig, heads: int, groups: int) -> Share:
 
 
 class OneGroup:
-    """One FFN group of several layers, for a rank that has no work to tell how fast it is."""
+    """One FFN group of several layers, by which a rank that has no work tells how fast it is."""
 
-    def __init__(self, config: ModelConfig):
-        self._share, self._x, self._calls = _sample(config, 0, 1), torch.full((1, config.hidden), 0.5), 0
-        self.compute()  # the first time takes longer
+    def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
+        self._share, self._x = _sample(config, 0, 1), torch.full((1, config.hidden), 0.5)
+        self._even_share, self._marks = ranks / config.groups, marks
 
-    def compute(self) -> None:
-        """What one layer's takes."""
-        self._calls += 1
-        self._share.ffn(self._calls % len(self._share.layers), self._x)
+    def usual_s(self) -> float:
+        """What one layer's takes, in seconds: the median of some, the first, which takes longer, left out."""
+        times = []
+        for number in range(GROUP_TIMES + 1):
+            begin = time.perf_counter()
+            self._share.ffn(number % len(self._share.layers), self._x)
+            self._marks.pace(begin, self._even_share)
+            times.append(time.perf_counter() - begin)
+        return float(np.median(times[1:]))
 
 
 def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float]:

@@ -1,11 +1,12 @@
 """Watches how the devices do while text flows, and lets work move when that is worth it."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
 from halo_mpi.engine.crew import Crew
-from halo_mpi.engine.mover import Mover
+from halo_mpi.engine.mover import STEP_BYTES, Mover
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster
@@ -17,7 +18,7 @@ from halo_mpi.schedule.watch import Target, Watch
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import Answer, RootLink
 
-PROBE_S = 0.5  # between two probes of a worker that has nothing to do
+PROBE_S = 0.2  # between two probes of a worker that has nothing to do
 GONE_S = 3.0  # that a worker is away, before its work moves
 
 
@@ -43,12 +44,18 @@ class Replacer:
         """A rank computed its part of a sync of one token."""
         self._telemetry.computed(rank, kind, self._parts[kind][layer][rank], seconds * 1e3)
 
-    def answered(self, answer: Answer, kind: Kind, layer: int, late: bool) -> None:
-        """A worker's partial sum came."""
+    def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool, late: bool) -> None:
+        """A worker's partial sum came; `waited_for`: else it may have come before, while the root computed."""
         self.computed(answer.rank, kind, layer, answer.took_s)
         over_s = answer.latency_s - answer.took_s
         usual_s = self._link.peers[answer.rank].deadline.usual_s
-        self._telemetry.answered(answer.rank, over_s * 1e3, max(0.0, answer.latency_s - usual_s) * 1e3 if late else None)
+        self._telemetry.answered(
+            answer.rank, over_s * 1e3, waited_for, max(0.0, answer.latency_s - usual_s) * 1e3 if late else None
+        )
+
+    def last_seen(self) -> list[dict]:
+        """The devices as they are now, for the report."""
+        return [asdict(device) for device in self._telemetry.cluster().devices]
 
     def before_token(self) -> None:
         """See to it, between two tokens."""
@@ -74,27 +81,28 @@ class Replacer:
         plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
         if not changed_keys(self._plan, plan):
             return
-        if full := self._overfull(plan, cluster):
-            self._note(f"work stays where it is: rank {full[0]}'s memory would not hold its new part")
+        room = self._room(plan, cluster)
+        if room < 0:
+            self._note("work stays where it is: some rank's memory would not hold its new part")
             return
         why = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {target.now_ms:.0f}"
         if shares.cost.tpot_ms >= target.now_ms:
             why = f"what matters least goes to rank {', '.join(map(str, unstable))}" if unstable else "all ranks are stable again"
         self._note(f"moving work, since {why}: heads {list(shares.heads)}, groups {list(shares.groups)} by rank")
         self._moving = True
-        self._mover.aim_at(plan)
+        self._mover.aim_at(plan, room)
         self._phase("re-placement")
 
-    def _overfull(self, plan: Plan, cluster: Cluster) -> list[int]:
-        """Ranks whose memory does not hold what the plan gives them."""
-        full = []
+    def _room(self, plan: Plan, cluster: Cluster) -> int:
+        """Bytes that every rank has left under this plan."""
+        room = STEP_BYTES
         for rank, device in enumerate(cluster.devices):
             heads, groups = plan.query_heads(rank), plan.groups(rank)
             taken = sum(map(shape_bytes, part_shapes(self._config, heads, groups)))
             taken += cache_bytes(self._config, heads, self._work.context) + (self._work.root_bytes if rank == 0 else 0)
-            if device.memory is not None and taken > device.memory:
-                full.append(rank)
-        return full
+            if device.memory is not None:
+                room = min(room, device.memory - taken)
+        return room
 
     def _follow(self) -> None:
         """The parts of the plan in force."""
@@ -113,8 +121,8 @@ class Replacer:
         idle = [rank for rank in self._link.workers if not self._heads[rank] and not self._groups[rank]]
         for rank in idle:
             if probe := self._link.peers[rank].probe:
-                self._telemetry.computed(rank, Kind.FFN, 1 / self._config.groups, probe.took_s * 1e3)
-                self._telemetry.answered(rank, (probe.latency_s - probe.took_s) * 1e3, None)
+                over_s = probe.latency_s - probe.took_s
+                self._telemetry.probed(rank, 1 / self._config.groups, probe.took_s * 1e3, over_s * 1e3)
                 self._link.peers[rank].probe = None
         if now - self._probed_at > PROBE_S:
             self._probed_at = now

@@ -69,7 +69,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "load_s": round(session.load_s, 3),
         "ledger": ledger.to_dict(),
         "predictor": _predictor(session) if relaxed else None,
-        "scheduler": session.scheduler,
+        "scheduler": _scheduler(session),
         "devices": devices,
         "events": session.events,
     }
@@ -84,6 +84,12 @@ def _predictor(session: Session) -> dict:
     """Whether it was calibrated, and what it took: ms per token computed, prompts included."""
     predictor, tokens = session.root.predictor, max(1, session.root.computed_tokens)
     return {"calibrated": predictor.calibrated, "ms_per_token": round(predictor.seconds * 1e3 / tokens, 4)}
+
+
+def _scheduler(session: Session) -> dict | None:
+    """What was measured at the start, and if work may move, how the devices did in the end."""
+    replacer = session.root.replacer
+    return session.scheduler and {**session.scheduler, "last_seen": replacer.last_seen() if replacer else None}
 
 
 def write_report(path: Path, report: dict) -> None:

@@ -150,9 +150,10 @@ class Session:
 
     def _replacer(self, basis: Basis) -> Replacer:
         root, advice = self.root, basis.advice
-        calibration = self.store.meta.get("calibration")
-        return Replacer(self.config, basis.cluster, basis.work, advice.unstable, basis.disks, calibration, root.mover, root.crew,
-                        self.link, self.event, self.marks.phase)  # fmt: skip
+        first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
+        calibration = self.store.meta.get("calibration")  # what is read at every token does not move: no read_gbps
+        return Replacer(self.config, first, basis.work, advice.unstable, basis.disks, calibration, root.mover, root.crew, self.link,
+                        self.event, self.marks.phase)  # fmt: skip
 
     @property
     def uses_calibration(self) -> bool:

@@ -45,12 +45,14 @@ class Worker:
         if request.kind == Kind.PLAN:
             self._prepare(request)
             return True
-        if request.kind not in (Kind.REFILL, Kind.PROBE):
+        if request.kind == Kind.PROBE:
+            self._group = self._group or OneGroup(self._holdings.share.config, self._holdings.ranks, self._marks)
+            self._link.answer(request, None, self._group.usual_s())
+            return True
+        if request.kind != Kind.REFILL:
             self._holdings.follow(request.plan)
             if self._link.is_current(request) and (request.kind != Kind.FFN or self._link.is_useful(request)):
                 self._holdings.need(2 * request.layer + (request.kind == Kind.FFN))
-        if request.kind == Kind.PROBE and self._group is None:
-            self._group = OneGroup(self._holdings.share.config)
         begin = time.perf_counter()
         y, pace = self._compute(request) if self._link.is_current(request) else (None, 0.0)
         if pace:
@@ -98,7 +100,4 @@ class Worker:
             return None, self._holdings.even_share(
                 Kind.ATTENTION, layer
             ) * APPEND_SHARE  # as a chunk of prefill: once for all rows
-        if kind == Kind.PROBE:
-            self._group.compute()
-            return None, self._holdings.ranks / share.config.groups
         raise HaloError(f"the root sent a request of unknown kind {kind}; do all ranks run the same version?")

@@ -12,7 +12,8 @@ import numpy as np
 from halo_mpi.schedule.cost import KINDS, Cluster, Device
 from halo_mpi.wire.messages import Kind
 
-TOKENS = 9  # whose median is taken
+TOKENS = 7  # whose median is taken
+FORGIVEN_MS = 0.15  # of a request: what else runs on a device holds a small share up as long as a large one
 LATE_TOKENS = 48  # over which late answers are counted
 LINK_GREW, LINK_GREW_MS = 1.5, 0.5  # times the link's time at the start, and so much on top: less is noise
 
@@ -24,7 +25,8 @@ class Seen:
     took_ms: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     usual_ms: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     slower: dict[Kind, deque] = field(default_factory=lambda: {kind: deque(maxlen=TOKENS) for kind in KINDS})
-    least_over_ms: float = np.inf  # what an answer took beside computing
+    least_ms: float = np.inf  # what an answer took beside computing, at most, and exactly where the root waited for it
+    waited_ms: float = np.inf
     over_ms: deque = field(default_factory=lambda: deque(maxlen=TOKENS))
     answers: int = 0
     late: int = 0
@@ -42,29 +44,45 @@ class Telemetry:
     def computed(self, rank: int, kind: Kind, part: float, ms: float) -> None:
         """A device took so long to compute its part of a sync, its share of the layer's work."""
         seen, device = self._seen[rank], self._first.devices[rank]
-        seen.took_ms[kind] += ms
-        seen.usual_ms[kind] += device.fixed_ms + part * device.whole_ms(kind)
+        usual_ms = device.fixed_ms + part * device.whole_ms(kind)
+        seen.took_ms[kind] += ms - min(max(0.0, ms - usual_ms), FORGIVEN_MS)
+        seen.usual_ms[kind] += usual_ms
 
-    def answered(self, rank: int, over_ms: float, late_ms: float | None) -> None:
-        """A worker's answer took so long beside computing; `late_ms`: past the usual, if it was late."""
+    def answered(self, rank: int, over_ms: float, waited_for: bool, late_ms: float | None) -> None:
+        """A worker's answer took so long beside computing, or less, unless the root waited for it; `late_ms`: past the usual, if it was
+        late."""
         seen = self._seen[rank]
-        seen.least_over_ms = min(seen.least_over_ms, over_ms)
+        seen.least_ms = min(seen.least_ms, over_ms)
+        if waited_for:
+            seen.waited_ms = min(seen.waited_ms, over_ms)
         seen.answers += 1
         if late_ms is not None:
             seen.late += 1
             seen.late_ms += late_ms
 
+    def probed(self, rank: int, part: float, ms: float, over_ms: float) -> None:
+        """The same of a worker that has nothing to do, and is slow to wake up: its link is at least as good as this shows."""
+        self.computed(rank, Kind.FFN, part, ms)
+        known = self._seen[rank].over_ms
+        if known and over_ms < np.median(known):
+            known.append(over_ms)
+
     def end_token(self) -> None:
         """What was seen since the last call belongs to one token."""
-        for seen in self._seen:
-            for kind in KINDS:
-                if seen.usual_ms[kind]:
-                    seen.slower[kind].append(seen.took_ms[kind] / seen.usual_ms[kind])
-                seen.took_ms[kind] = seen.usual_ms[kind] = 0.0
+        for seen, first in zip(self._seen, self._first.devices):
+            for kind, other in (KINDS, KINDS[::-1]):  # who has none of one kind is as fast as with the other
+                known = kind if seen.usual_ms[kind] else other
+                if seen.usual_ms[known]:
+                    seen.slower[kind].append(seen.took_ms[known] / seen.usual_ms[known])
+            seen.took_ms, seen.usual_ms = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
             if seen.answers:
-                seen.over_ms.append(seen.least_over_ms)
+                known_ms = np.median(seen.over_ms) if seen.over_ms else first.link_ms
+                seen.over_ms.append(
+                    min(seen.least_ms, max(known_ms, first.link_ms) if seen.waited_ms == np.inf else seen.waited_ms)
+                )
                 seen.lateness.append((seen.answers, seen.late, seen.late_ms))
-            seen.least_over_ms, seen.answers, seen.late, seen.late_ms = np.inf, 0, 0, 0.0
+            seen.least_ms = seen.waited_ms = np.inf
+            seen.answers, seen.late, seen.late_ms = 0, 0, 0.0
 
     @property
     def known(self) -> bool:
@@ -80,8 +98,8 @@ class Telemetry:
         if gone:
             return replace(first, disk_heads=0, disk_groups=0)
         seen, ratio = self._seen[rank], {}
-        for kind, other in (KINDS, KINDS[::-1]):  # who has none of one kind is as fast as with the other
-            ratio[kind] = float(np.median(seen.slower[kind] or seen.slower[other] or [1.0]))
+        for kind in KINDS:
+            ratio[kind] = float(np.median(seen.slower[kind] or [1.0]))
         device = replace(
             first,
             attention_ms=first.attention_ms * ratio[Kind.ATTENTION],
@@ -92,5 +110,5 @@ class Telemetry:
             device = replace(device, link_ms=float(np.median(seen.over_ms)))
         if len(seen.lateness) >= TOKENS:
             answers, late, late_ms = np.sum(list(seen.lateness), axis=0)
-            device = replace(device, late_rate=late / answers, late_ms=late_ms / max(1, late))
+            device = replace(device, late_rate=float(late / answers), late_ms=float(late_ms / max(1, late)))
         return device

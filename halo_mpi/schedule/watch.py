@@ -1,4 +1,4 @@
-"""When work should move: if it is worth it, still is when looked at again, and the last move is some time ago."""
+"""When work should move: if it is worth it, still is when looked at again and again, and the last move is some time ago."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,11 @@ from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.shares import Work, with_cost
 
 LOOK_S = 0.4
-CHANGED, LATE_CHANGED = 0.15, 0.04  # of a device's time, and of its answers late: less is not looked into
-GAIN = 0.15  # of a token's time, for which work moves
-LOOKS = 3  # that have to agree
+CHANGED, LATE_CHANGED = 0.15, 0.02  # of a device's time, and of its answers late: less is not looked into
+GAIN = 0.1  # of a token's time, for which work moves; shares become even again as soon as nothing is lost by it
+ENOUGH = 1.2  # what the gains seen in successive looks must add up to: 3 looks if half of the time can be saved, 8 for little
+LEAST = 0.15  # that a look adds
+QUIET = 8  # looks without a gain, after which none is taken until a device changes
 HOLD_S, LONGEST_HOLD_S = 5.0, 80.0  # after a move; twice as long after one that came soon after another
 SOON = 3.0  # times the hold
 
@@ -29,7 +31,7 @@ class Watch:
     def __init__(self, work: Work, calibrated: bool, unstable: tuple[int, ...] = ()):
         self._work, self._calibrated, self._unstable = work, calibrated, unstable
         self._looked_at = self._moved_at = -LONGEST_HOLD_S
-        self._hold_s, self._agreed = HOLD_S, 0
+        self._hold_s, self._gains, self._quiet = HOLD_S, 0.0, 0
         self._settled: list[tuple[float, ...]] | None = None  # the devices when nothing was worth a move
 
     def due(self, now: float) -> bool:
@@ -44,14 +46,16 @@ class Watch:
             return None
         target = self._better(cluster, heads, groups)
         if target is None:
-            self._settled, self._agreed = devices, 0
+            self._gains, self._quiet = 0.0, self._quiet + 1
+            self._settled = devices if self._quiet >= QUIET else None
             return None
-        self._agreed += 1
-        if self._agreed < LOOKS:
+        self._quiet = 0
+        self._gains += max(LEAST, 1 - target.advice.shares.cost.tpot_ms / target.now_ms)
+        if self._gains < ENOUGH:
             return None
         soon = now - self._moved_at < SOON * self._hold_s + self._hold_s
         self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S) if soon else HOLD_S
-        self._moved_at, self._agreed, self._settled = now, 0, None
+        self._moved_at, self._gains, self._settled = now, 0.0, None
         self._unstable = target.advice.unstable
         return target
 
@@ -65,7 +69,9 @@ class Watch:
         except MemoryBudgetError:
             return None
         now_ms = with_cost(cluster, self._work, heads, groups).cost.tpot_ms
-        worth = advice.shares.cost.tpot_ms < (1 - GAIN) * now_ms
+        is_even = all(max(counts) - min(counts) <= 1 for counts in (heads, groups))
+        gain = 0.0 if advice.chosen == "even" and not is_even else GAIN
+        worth = advice.shares.cost.tpot_ms < (1 - gain) * now_ms
         return Target(advice, now_ms) if worth or advice.unstable != self._unstable else None
 
 

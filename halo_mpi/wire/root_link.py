@@ -42,6 +42,7 @@ class Peer:
     kicks_in_flight: int = 0
     kick_at: float = 0.0
     replays: int = 0  # and refills, that it has not done yet
+    replayed_at: float = 0.0  # the last one was done
     rtt_ms: float = 0.0
     judged_from: int = 0  # the first seq whose answer tells how long answers take
     prepared: int | None = None  # the last plan for which it has said that it is ready, or cannot be
@@ -147,6 +148,7 @@ class RootLink:
                 self._forget(peer)
             elif kind in (Kind.REPLAY, Kind.REFILL):
                 peer.replays -= 1
+                peer.replayed_at = now
             elif kind == Kind.PLAN:
                 peer.prepared = int(header["plan"])
                 peer.refusal = rows_text(message.read()) if header["rows"] else ""

@@ -1,0 +1,200 @@
+"""When work moves, where to, and what is known of the devices by then: without any network."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halo_mpi.model.shapes import SHAPES
+from halo_mpi.schedule.cost import KINDS, Cluster, Device
+from halo_mpi.schedule.moving import moved
+from halo_mpi.schedule.placement import changed_keys, make_plan
+from halo_mpi.schedule.shares import Work
+from halo_mpi.schedule.telemetry import LATE_TOKENS, TOKENS, Telemetry
+from halo_mpi.schedule.watch import HOLD_S, LOOK_S, Watch
+from halo_mpi.wire.messages import Kind
+from tests.test_schedule import SMOLLM2, disks, found_by_calibration
+
+pytestmark = pytest.mark.timeout(60)
+WORK = Work.of(SHAPES["smollm2-135m"], 512)
+ALIKE = Cluster([Device("pi1", 3, 6), *[Device(f"pi{number}", 3, 6, link_ms=0.2) for number in (2, 3, 4)]])
+EVEN = [2, 2, 2, 3], [3, 3, 3, 3]
+ALL = disks(SMOLLM2, 4, 4)
+
+
+def with_device(rank: int, **fields) -> Cluster:
+    return replace(
+        ALIKE, devices=[replace(device, **fields) if at == rank else device for at, device in enumerate(ALIKE.devices)]
+    )
+
+
+HOT = with_device(2, attention_ms=12, ffn_ms=24)
+
+
+# Telemetry
+
+
+def tokens(
+    telemetry: Telemetry, count: int, slower=(1, 1, 1, 1), late=(0, 0, 0, 0), over_ms: float = 0.2, waited_for: bool = True
+) -> None:
+    """So many tokens of ten layers on even shares."""
+    for _ in range(count):
+        for _ in range(10):
+            for rank, device in enumerate(ALIKE.devices):
+                for kind in KINDS:
+                    telemetry.computed(rank, kind, 0.25, slower[rank] * 0.25 * device.whole_ms(kind))
+                    if rank:
+                        telemetry.answered(
+                            rank, over_ms, waited_for, 9.0 if np.random.default_rng().random() < late[rank] else None
+                        )
+        telemetry.end_token()
+
+
+def test_a_device_that_became_slow_is_known_after_some_tokens_and_one_hiccup_is_nothing():
+    telemetry = Telemetry(ALIKE)
+    tokens(telemetry, TOKENS)
+    tokens(telemetry, 1, (1, 1, 9, 1))
+    assert telemetry.known and telemetry.cluster().devices[2].ffn_ms == pytest.approx(6)
+    tokens(telemetry, TOKENS, (1, 1, 4, 1))
+    assert telemetry.cluster().devices[2].ffn_ms == pytest.approx(24, rel=0.1)
+    assert telemetry.cluster().devices[1].ffn_ms == pytest.approx(6)
+    tokens(telemetry, TOKENS)
+    assert telemetry.cluster().devices[2].attention_ms == pytest.approx(3)
+
+
+def test_what_holds_up_small_shares_too_is_forgiven():
+    telemetry = Telemetry(ALIKE)
+    for _ in range(TOKENS):
+        telemetry.computed(2, Kind.FFN, 1 / 12, 0.5 + 0.1)
+        telemetry.end_token()
+    assert telemetry.cluster().devices[2].ffn_ms == pytest.approx(6)
+
+
+def test_who_has_none_of_one_kind_is_as_fast_as_with_the_other():
+    telemetry = Telemetry(ALIKE)
+    tokens(telemetry, TOKENS, (1, 1, 4, 1))
+    for _ in range(TOKENS):
+        telemetry.computed(2, Kind.FFN, 1 / 12, 0.5)
+        telemetry.end_token()
+    assert telemetry.cluster().devices[2].attention_ms == pytest.approx(3)
+
+
+def test_late_answers_are_counted_over_many_tokens():
+    telemetry = Telemetry(ALIKE)
+    tokens(telemetry, LATE_TOKENS, late=(0, 0, 0, 0.3))
+    bad, good = telemetry.cluster().devices[3], telemetry.cluster().devices[1]
+    assert bad.late_rate == pytest.approx(0.3, abs=0.1) and bad.late_ms == pytest.approx(9) and good.late_rate == 0
+
+
+def test_a_link_that_became_slow_is_known_where_the_root_waited_for_it():
+    telemetry = Telemetry(ALIKE)
+    tokens(telemetry, TOKENS, over_ms=5.0, waited_for=False)
+    assert telemetry.cluster().devices[1].link_ms == 0.2, "the answers came while the root computed"
+    tokens(telemetry, TOKENS, over_ms=5.0)
+    assert telemetry.cluster().devices[1].link_ms == pytest.approx(5)
+    tokens(telemetry, TOKENS, over_ms=0.3, waited_for=False)
+    assert telemetry.cluster().devices[1].link_ms == 0.2
+
+
+def test_a_device_that_is_gone_can_do_nothing():
+    assert Telemetry(ALIKE).cluster({2}).devices[2].disk_groups == 0
+
+
+# Hysteresis
+
+
+def seconds(watch: Watch, cluster: Cluster, shares=EVEN, begin: float = 0.0, length: float = 60.0):
+    """When and what it wants to move, looked at as often as it is due."""
+    for now in np.arange(begin, begin + length, LOOK_S / 2):
+        if watch.due(now) and (target := watch.look(cluster, *shares, now)):
+            return now, target
+    return None
+
+
+def test_nothing_moves_between_devices_that_are_alike():
+    assert seconds(Watch(WORK, False), ALIKE) is None
+
+
+def test_a_hot_device_gives_work_away_within_seconds_and_gets_it_back():
+    watch = Watch(WORK, False)
+    now, target = seconds(watch, HOT)
+    shares = target.advice.shares
+    assert now < 3 and shares.groups[2] < 2 and shares.cost.tpot_ms < 0.6 * target.now_ms
+    assert seconds(watch, HOT, (shares.heads, shares.groups), now) is None
+    cooled = now + 60 + HOLD_S
+    back, target = seconds(watch, ALIKE, (shares.heads, shares.groups), cooled)
+    assert back - cooled < 5 and target.advice.chosen == "even"
+
+
+def test_one_look_is_not_enough():
+    watch = Watch(WORK, False)
+    for number in range(20):
+        cluster = HOT if number % 2 else ALIKE
+        assert watch.look(cluster, *EVEN, LOOK_S * number) is None
+
+
+def test_a_device_that_changes_all_the_time_is_left_alone_for_longer_and_longer():
+    watch, shares, now, moves = Watch(WORK, False), EVEN, 0.0, []
+    while now < 300:
+        found = seconds(watch, HOT if len(moves) % 2 == 0 else ALIKE, shares, now, 300 - now)
+        if found is None:
+            break
+        now, target = found
+        shares = target.advice.shares.heads, target.advice.shares.groups
+        moves.append(now)
+    assert len(moves) <= 8 and np.diff(moves)[-1] > 4 * np.diff(moves)[0]
+
+
+def test_an_unstable_worker_gets_what_matters_least_and_keeps_it_for_a_while():
+    watch = Watch(WORK, True)
+    lossy, better, good = (with_device(3, late_rate=rate, late_ms=0.1) for rate in (0.3, 0.03, 0.0))
+    now, target = seconds(watch, lossy)
+    assert target.advice.unstable == (3,)
+    assert seconds(watch, better, EVEN, now) is None
+    _, target = seconds(watch, good, EVEN, now + 60)
+    assert target.advice.unstable == ()
+
+
+# Where to
+
+counts = st.lists(st.integers(0, 12), min_size=4, max_size=4)
+
+
+def to_sum(wanted: list[int], total: int) -> list[int]:
+    """Counts that add up to the total."""
+    whole = sum(wanted) or 1
+    result = [count * total // whole for count in wanted]
+    result[0] += total - sum(result)
+    return result
+
+
+@settings(deadline=None, max_examples=40)
+@given(counts, counts, st.sets(st.integers(1, 3), max_size=2), st.booleans())
+def test_a_move_gives_everybody_what_it_should_have(heads, groups, unstable, calibrated):
+    found = found_by_calibration() if calibrated else None
+    before = make_plan(SMOLLM2, "auto", ALL, found)
+    heads, groups = to_sum(heads, 9), to_sum(groups, 12)
+    after = moved(before, SMOLLM2, heads, groups, sorted(unstable), ALL, found)
+    for layer in range(SMOLLM2.layers):
+        assert np.bincount(after.query[layer], minlength=4).tolist() == heads
+        assert np.bincount(after.ffn[layer], minlength=4).tolist() == groups
+    if calibrated and unstable:
+        of_unstable = [group for rank in unstable for group in after.groups(rank)[7]]
+        others = [group for rank in range(4) if rank not in unstable for group in after.groups(rank)[7]]
+        assert not of_unstable or not others or min(of_unstable) > max(others)
+
+
+def test_a_move_moves_no_more_than_it_must():
+    before = make_plan(SMOLLM2, "even", ALL)
+    after = moved(before, SMOLLM2, [3, 3, 0, 3], [4, 4, 0, 4], [], ALL, None)
+    assert ((before.ffn != after.ffn).sum(1) == 3).all() and ((before.query != after.query).sum(1) == 2).all()
+    assert not changed_keys(before, moved(before, SMOLLM2, *before.counts(4), [], ALL, None))
+
+
+def test_a_move_respects_the_disks():
+    own = disks(SMOLLM2, 2, 2, lambda rank, shard: rank == shard)
+    before = make_plan(SMOLLM2, "even", own)
+    after = moved(before, SMOLLM2, [9, 0], [12, 0], [], own, None)
+    assert not changed_keys(before, after), "rank 0's disk lacks what rank 1 has"
