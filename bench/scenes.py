@@ -20,7 +20,7 @@ SCENARIOS = ROOT / "bench" / "scenarios"
 SCENES = ("clean-4", "bursts", "wifi", "hot-pi", "flapping", "two-bad-of-eight")
 DEFAULT_MODES = ("strict", "repair", "twice", "relaxed")
 PATIENCE_S = 40.0
-MAX_TOKENS = 400
+MAX_TOKENS = 800
 
 
 def scenario_of(scene: str, pace_ms: float) -> dict:

@@ -113,6 +113,7 @@ def test_a_text_is_the_same_before_during_and_after_a_move(deep):
 
 def test_a_step_is_small_and_a_portion_too(deep, monkeypatch):
     monkeypatch.setattr(mover, "STEP_BYTES", 1)
+    monkeypatch.setattr(mover, "FIRST_BYTES", 1)
     monkeypatch.setattr(mover, "PORTION_BYTES", 1)
     monkeypatch.setattr(mover, "MOST_BYTES", 256)
     simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)

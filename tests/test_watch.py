@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halo_mpi.model.shapes import SHAPES
+from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.cost import KINDS, Cluster, Device
-from halo_mpi.schedule.moving import moved
+from halo_mpi.schedule.moving import moved, room, without_ends
 from halo_mpi.schedule.placement import changed_keys, make_plan
 from halo_mpi.schedule.shares import Work
-from halo_mpi.schedule.telemetry import LATE_TOKENS, TOKENS, Telemetry
+from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import HOLD_S, LOOK_S, Watch
 from halo_mpi.wire.messages import Kind
 from tests.test_schedule import SMOLLM2, disks, found_by_calibration
@@ -36,66 +37,66 @@ HOT = with_device(2, attention_ms=12, ffn_ms=24)
 # Telemetry
 
 
-def tokens(
-    telemetry: Telemetry, count: int, slower=(1, 1, 1, 1), late=(0, 0, 0, 0), over_ms: float = 0.2, waited_for: bool = True
-) -> None:
-    """So many tokens of ten layers on even shares."""
-    for _ in range(count):
-        for _ in range(10):
-            for rank, device in enumerate(ALIKE.devices):
-                for kind in KINDS:
-                    telemetry.computed(rank, kind, 0.25, slower[rank] * 0.25 * device.whole_ms(kind))
+class Tokens:
+    """Tokens of ten layers on even shares, 0.1 s each."""
+
+    def __init__(self):
+        self.telemetry, self.now = Telemetry(ALIKE), 0.0
+
+    def pass_by(self, count: int = 8, slower=(1, 1, 1, 1), late=(0, 0, 0, 0), over_ms: float = 0.2, waited_for: bool = True):
+        for _ in range(count):
+            for sync in range(20):
+                for rank, device in enumerate(ALIKE.devices):
+                    kind = KINDS[sync % 2]
+                    self.telemetry.computed(rank, kind, 0.25, slower[rank] * 0.25 * device.whole_ms(kind))
                     if rank:
-                        telemetry.answered(
-                            rank, over_ms, waited_for, 9.0 if np.random.default_rng().random() < late[rank] else None
-                        )
-        telemetry.end_token()
+                        self.telemetry.answered(rank, 9.2 if sync < 20 * late[rank] else over_ms, waited_for)
+            self.end()
+        return self.telemetry.cluster().devices
+
+    def end(self) -> None:
+        self.now += 0.1
+        self.telemetry.end_token(self.now)
 
 
 def test_a_device_that_became_slow_is_known_after_some_tokens_and_one_hiccup_is_nothing():
-    telemetry = Telemetry(ALIKE)
-    tokens(telemetry, TOKENS)
-    tokens(telemetry, 1, (1, 1, 9, 1))
-    assert telemetry.known and telemetry.cluster().devices[2].ffn_ms == pytest.approx(6)
-    tokens(telemetry, TOKENS, (1, 1, 4, 1))
-    assert telemetry.cluster().devices[2].ffn_ms == pytest.approx(24, rel=0.1)
-    assert telemetry.cluster().devices[1].ffn_ms == pytest.approx(6)
-    tokens(telemetry, TOKENS)
-    assert telemetry.cluster().devices[2].attention_ms == pytest.approx(3)
+    tokens = Tokens()
+    assert not tokens.telemetry.known
+    tokens.pass_by()
+    assert tokens.telemetry.known and tokens.pass_by(1, (1, 1, 9, 1))[2].ffn_ms == pytest.approx(6)
+    hot = tokens.pass_by(8, (1, 1, 4, 1))
+    assert hot[2].ffn_ms == pytest.approx(24, rel=0.1) and hot[1].ffn_ms == pytest.approx(6)
+    assert tokens.pass_by()[2].attention_ms == pytest.approx(3)
 
 
 def test_what_holds_up_small_shares_too_is_forgiven():
-    telemetry = Telemetry(ALIKE)
-    for _ in range(TOKENS):
-        telemetry.computed(2, Kind.FFN, 1 / 12, 0.5 + 0.1)
-        telemetry.end_token()
-    assert telemetry.cluster().devices[2].ffn_ms == pytest.approx(6)
+    tokens = Tokens()
+    for _ in range(8):
+        tokens.telemetry.computed(2, Kind.FFN, 1 / 12, 0.5 + 0.1)
+        tokens.end()
+    assert tokens.telemetry.cluster().devices[2].ffn_ms == pytest.approx(6)
 
 
 def test_who_has_none_of_one_kind_is_as_fast_as_with_the_other():
-    telemetry = Telemetry(ALIKE)
-    tokens(telemetry, TOKENS, (1, 1, 4, 1))
-    for _ in range(TOKENS):
-        telemetry.computed(2, Kind.FFN, 1 / 12, 0.5)
-        telemetry.end_token()
-    assert telemetry.cluster().devices[2].attention_ms == pytest.approx(3)
+    tokens = Tokens()
+    tokens.pass_by(8, (1, 1, 4, 1))
+    for _ in range(8):
+        tokens.telemetry.computed(2, Kind.FFN, 1 / 12, 0.5)
+        tokens.end()
+    assert tokens.telemetry.cluster().devices[2].attention_ms == pytest.approx(3)
 
 
-def test_late_answers_are_counted_over_many_tokens():
-    telemetry = Telemetry(ALIKE)
-    tokens(telemetry, LATE_TOKENS, late=(0, 0, 0, 0.3))
-    bad, good = telemetry.cluster().devices[3], telemetry.cluster().devices[1]
-    assert bad.late_rate == pytest.approx(0.3, abs=0.1) and bad.late_ms == pytest.approx(9) and good.late_rate == 0
+def test_late_answers_are_counted():
+    devices = Tokens().pass_by(late=(0, 0, 0, 0.3))
+    assert devices[3].late_rate == pytest.approx(0.3) and devices[3].late_ms == pytest.approx(9) and devices[1].late_rate == 0
+    assert devices[3].link_ms == 0.2
 
 
 def test_a_link_that_became_slow_is_known_where_the_root_waited_for_it():
-    telemetry = Telemetry(ALIKE)
-    tokens(telemetry, TOKENS, over_ms=5.0, waited_for=False)
-    assert telemetry.cluster().devices[1].link_ms == 0.2, "the answers came while the root computed"
-    tokens(telemetry, TOKENS, over_ms=5.0)
-    assert telemetry.cluster().devices[1].link_ms == pytest.approx(5)
-    tokens(telemetry, TOKENS, over_ms=0.3, waited_for=False)
-    assert telemetry.cluster().devices[1].link_ms == 0.2
+    tokens = Tokens()
+    assert tokens.pass_by(over_ms=1.5, waited_for=False)[1].link_ms == 0.2, "the answers came while the root computed"
+    assert tokens.pass_by(over_ms=1.5)[1].link_ms == pytest.approx(1.5)
+    assert tokens.pass_by(over_ms=0.3, waited_for=False)[1].link_ms == 0.2
 
 
 def test_a_device_that_is_gone_can_do_nothing():
@@ -198,3 +199,22 @@ def test_a_move_respects_the_disks():
     before = make_plan(SMOLLM2, "even", own)
     after = moved(before, SMOLLM2, [9, 0], [12, 0], [], own, None)
     assert not changed_keys(before, after), "rank 0's disk lacks what rank 1 has"
+
+
+def test_nothing_of_the_first_and_last_layer_is_on_the_unstable():
+    found = found_by_calibration()
+    before = make_plan(SMOLLM2, "auto", ALL, found)
+    after = without_ends(before, [2, 3], 4, ALL)
+    for layer in range(SMOLLM2.layers):
+        owners = set(after.query[layer]) | set(after.ffn[layer])
+        assert owners == ({0, 1} if layer in (0, 29) else {0, 1, 2, 3})
+    assert {key[1] for key in changed_keys(before, after)} == {0, 29}
+
+
+def test_what_is_left_of_memory_is_counted_by_rank():
+    plan = make_plan(SMOLLM2, "even", ALL)
+    assert room(plan, SMOLLM2, ALIKE, WORK) is None
+    taken = sum(map(shape_bytes, part_shapes(SMOLLM2, plan.query_heads(2), plan.groups(2))))
+    taken += cache_bytes(SMOLLM2, plan.query_heads(2), WORK.context)
+    assert room(plan, SMOLLM2, with_device(2, memory=taken + 7), WORK) == 7
+    assert room(plan, SMOLLM2, with_device(2, memory=taken - 7), WORK) == -7

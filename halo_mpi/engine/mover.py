@@ -25,10 +25,14 @@ from halo_mpi.wire.messages import PLANS, rows_text, text_rows
 from halo_mpi.wire.root_link import RootLink
 
 STEP_BYTES = 48 * 2**20  # of matrices that a rank holds twice, at most, if one layer's are not more
-PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2**20  # of attention inputs, before a token
+PORTION_BYTES, FIRST_BYTES, MOST_BYTES = (
+    32 * 2**10,
+    256 * 2**10,
+    2 * 2**20,
+)  # of attention inputs, before a token: least, first, most
 SHORT, LONG = 0.1, 0.3  # of a token's time that a portion may take: below it grows, above it shrinks
 FASTER = 4  # rows, at least, for each that a token adds
-TEXT_ROWS = 64
+TEXT_ROWS, ENTRY_BYTES = 64, 4  # of what a worker is told, at most; for a head or group, and as much for what is around them
 
 
 def to_rows(plan: int, changes: dict[int, Change], width: int) -> np.ndarray:
@@ -59,8 +63,9 @@ class Mover:
         self._aim: Plan | None = None
         self._next: Plan | None = None  # of which the step under way is told
         self._refilled: dict[tuple[int, int], int] = {}  # rows, by (rank, layer), of caches that are being filled
-        self._portion, self._sent_at = PORTION_BYTES, 0.0
+        self._portion, self._sent_at = FIRST_BYTES, 0.0
         self.may_move = True
+        self._text_bytes = ENTRY_BYTES * (config.heads + config.groups + 4)
 
     @property
     def idle(self) -> bool:
@@ -91,6 +96,8 @@ class Mover:
             self._give_up(f"rank {away[0]} does not answer")
         elif prepared and self._refill(position):
             self._switch()
+            if self._aim is not None:
+                self._announce(self._step())
 
     def _step(self) -> Plan:
         """The plan in force, with the next layers of what it shall be."""
@@ -98,7 +105,7 @@ class Mover:
         held = np.zeros(self._link.ranks, int)
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
             held += [self._bytes(rank, layer) for rank in range(self._link.ranks)]
-            if layers and held.max() > self._step_bytes:
+            if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
         return Plan(self._aim.name, query, ffn)

@@ -17,6 +17,7 @@ from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
+from halo_mpi.schedule.moving import room, without_ends
 from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
 from halo_mpi.schedule.shown import as_json
@@ -76,6 +77,9 @@ def plan_run(session: Session) -> tuple[Plan, Basis | None]:
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
             basis = Basis(cluster, work, advice, available)
+            spared = without_ends(plan, advice.unstable, comm.size, available)
+            if (left := room(spared, config, cluster, work)) is None or left >= 0:
+                plan = spared
             session.scheduler = as_json(config, cluster, work, advice)
             _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
         return plan

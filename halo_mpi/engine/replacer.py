@@ -6,11 +6,10 @@ from dataclasses import asdict
 import numpy as np
 
 from halo_mpi.engine.crew import Crew
-from halo_mpi.engine.mover import STEP_BYTES, Mover
+from halo_mpi.engine.mover import Mover
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.moving import Disks, moved
+from halo_mpi.schedule.moving import Disks, moved, room, without_ends
 from halo_mpi.schedule.placement import Plan, changed_keys
 from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
@@ -35,7 +34,7 @@ class Replacer:
         self._mover, self._crew, self._link, self._note, self._phase = mover, crew, link, note, phase
         self._telemetry = Telemetry(cluster)
         self._watch = Watch(work, calibration is not None, unstable)
-        self._moving = False
+        self._aim: Plan | None = None
         self._probed_at = 0.0
         self._plan: Plan | None = None
         self._follow()
@@ -44,14 +43,10 @@ class Replacer:
         """A rank computed its part of a sync of one token."""
         self._telemetry.computed(rank, kind, self._parts[kind][layer][rank], seconds * 1e3)
 
-    def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool, late: bool) -> None:
+    def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool) -> None:
         """A worker's partial sum came; `waited_for`: else it may have come before, while the root computed."""
         self.computed(answer.rank, kind, layer, answer.took_s)
-        over_s = answer.latency_s - answer.took_s
-        usual_s = self._link.peers[answer.rank].deadline.usual_s
-        self._telemetry.answered(
-            answer.rank, over_s * 1e3, waited_for, max(0.0, answer.latency_s - usual_s) * 1e3 if late else None
-        )
+        self._telemetry.answered(answer.rank, (answer.latency_s - answer.took_s) * 1e3, waited_for)
 
     def last_seen(self) -> list[dict]:
         """The devices as they are now, for the report."""
@@ -60,12 +55,13 @@ class Replacer:
     def before_token(self) -> None:
         """See to it, between two tokens."""
         now, mover = self._link.waiter.now(), self._mover
-        self._telemetry.end_token()
+        self._telemetry.end_token(now)
         self._follow()
-        if self._moving and mover.idle:
-            self._moving = False
+        if self._aim and mover.idle:
             self._watch.moved(now)
-            self._note(f"moved: heads {self._heads}, groups {self._groups} by rank")
+            if not changed_keys(self._plan, self._aim):
+                self._note(f"moved: heads {self._heads}, groups {self._groups} by rank")
+            self._aim = None
         if not mover.idle or not mover.may_move:
             return
         self._probe(now)
@@ -79,30 +75,22 @@ class Replacer:
     def _begin(self, cluster: Cluster, target: Target) -> None:
         shares, unstable = target.advice.shares, target.advice.unstable
         plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
+        spared = without_ends(plan, unstable, self._link.ranks, self._disks)
+        if (left := room(spared, self._config, cluster, self._work)) is None or left >= 0:
+            plan = spared
+        left = room(plan, self._config, cluster, self._work)
         if not changed_keys(self._plan, plan):
             return
-        room = self._room(plan, cluster)
-        if room < 0:
+        if left is not None and left < 0:
             self._note("work stays where it is: some rank's memory would not hold its new part")
             return
         why = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {target.now_ms:.0f}"
         if shares.cost.tpot_ms >= target.now_ms:
             why = f"what matters least goes to rank {', '.join(map(str, unstable))}" if unstable else "all ranks are stable again"
         self._note(f"moving work, since {why}: heads {list(shares.heads)}, groups {list(shares.groups)} by rank")
-        self._moving = True
-        self._mover.aim_at(plan, room)
+        self._aim = plan
+        self._mover.aim_at(plan, left)
         self._phase("re-placement")
-
-    def _room(self, plan: Plan, cluster: Cluster) -> int:
-        """Bytes that every rank has left under this plan."""
-        room = STEP_BYTES
-        for rank, device in enumerate(cluster.devices):
-            heads, groups = plan.query_heads(rank), plan.groups(rank)
-            taken = sum(map(shape_bytes, part_shapes(self._config, heads, groups)))
-            taken += cache_bytes(self._config, heads, self._work.context) + (self._work.root_bytes if rank == 0 else 0)
-            if device.memory is not None:
-                room = min(room, device.memory - taken)
-        return room
 
     def _follow(self) -> None:
         """The parts of the plan in force."""

@@ -44,7 +44,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "ranks": session.comm.size,
         "mpi": mpi_name(),
         "kernel": "reference",
-        "placement": session.plan.name,
+        "placement": session.root.mover.plan.name,
         "sync": {
             "mode": sync.mode,
             "wire": sync.wire,

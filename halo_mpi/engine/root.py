@@ -173,7 +173,7 @@ class Root:
                     elif counting:
                         ledger.on_time += 1
                     if counting and self.replacer:
-                        self.replacer.answered(answer, kind, layer, looked_at > own_done, answer.rank in late)
+                        self.replacer.answered(answer, kind, layer, waited_for=looked_at > own_done)
                 else:
                     self._take_late(answer)
             overdue = self._sums.overdue()
@@ -255,7 +255,7 @@ class Root:
             self._corrections.append(answer.y - entry.estimate)
             self.predictor.observe((entry.kind, entry.layer, entry.rank), entry.position, entry.x, answer.y)
             if self.replacer:
-                self.replacer.answered(answer, entry.kind, entry.layer, waited_for=False, late=True)
+                self.replacer.answered(answer, entry.kind, entry.layer, waited_for=True)
             if self._check:
                 self._check.add(answer.y[0])
 

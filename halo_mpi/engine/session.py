@@ -17,6 +17,7 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together
+from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
@@ -29,6 +30,7 @@ from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
+from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
 from halo_mpi.wire.mailbox import Mailbox
@@ -38,6 +40,7 @@ from halo_mpi.wire.sockets import has_two_connections, own_addresses, tune_socke
 from halo_mpi.wire.worker_link import WorkerLink
 
 T = TypeVar("T")
+HISTORY_PART = 0.25  # of the root's memory
 
 
 class Session:
@@ -48,6 +51,7 @@ class Session:
         self.comm, self.host, self.machine = comm, socket.gethostname(), this_machine()
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
+        self.tokens = 0  # generated or scored
         self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
@@ -76,6 +80,7 @@ class Session:
             self.event("weights loaded")
 
         self.connect()
+        self.moves = broadcast(self.comm, self._may_move() if self.is_root else None)
         try:
             self.plan, basis = plan_run(self)
             self.weights = Weights(self, loaded)
@@ -143,10 +148,17 @@ class Session:
             self.link.close()
         self.store.close()
 
-    @property
-    def moves(self) -> bool:
-        """Whether work may move while text flows."""
-        return self.run.moves and self.run.placement == "auto" and self.comm.size > 1
+    def _may_move(self) -> bool:
+        """Whether work may move while text flows: the root has room for the attention inputs that caches are filled from then."""
+        if not self.run.moves or self.run.placement != "auto" or self.comm.size == 1:
+            return False
+        needed = history_bytes(self.config.layers, self.context, self.config.hidden, self.run.sync.wire)
+        fits = needed <= HISTORY_PART * (self.run.memory or available_bytes())
+        if not fits:
+            self.event(
+                f"work will not move: what that needs for {self.context} tokens, {mebibytes(needed)}, is much of the root's memory"
+            )
+        return fits
 
     def _replacer(self, basis: Basis) -> Replacer:
         root, advice = self.root, basis.advice
@@ -181,6 +193,7 @@ class Session:
 
     def token_done(self) -> None:
         """The root has generated or scored one more token."""
+        self.tokens += 1
         self.marks.token()
         self.monitor.token()
 
@@ -192,8 +205,6 @@ class Session:
         mine = {
             "rank": self.comm.rank,
             "host": self.host,
-            "groups": sum(map(len, self.weights.holdings.groups)),
-            "heads": sum(map(len, self.weights.holdings.heads)),
             **self.weights.to_dict(),
             "rss_bytes": psutil.Process().memory_info().rss,
             "compute_s": (self.root or self.worker).compute_s,
@@ -204,15 +215,18 @@ class Session:
         return [self._device(device) for device in devices]
 
     def event(self, what: str) -> None:
-        """Note something for the report, with the time since start-up."""
-        self.events.append({"t_s": round(time.perf_counter() - self.begin, 3), "rank": self.comm.rank, "what": what})
+        """Note something for the report, with the time since start-up and the tokens that were there."""
+        t_s = round(time.perf_counter() - self.begin, 3)
+        self.events.append({"t_s": t_s, "rank": self.comm.rank, "token": self.tokens, "what": what})
 
     def _device(self, measured: dict) -> dict:
         """One entry of the report's devices: `speed` in GB/s of weights, `compute_ms` per token computed (a lab's pace included)."""
         tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
-        rank = measured["rank"]
+        rank, plan = measured["rank"], self.root.mover.plan
         return {
             **measured,
+            "groups": int((plan.ffn == rank).sum()),
+            "heads": int((plan.query == rank).sum()),
             "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3) if compute_s else None,
             "rtt_ms": self.link.peers[rank].rtt_ms if rank != ROOT else 0.0,
             "late_rate": round(self.root.ledger.late_rate(rank), 6),

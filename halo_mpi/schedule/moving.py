@@ -1,11 +1,15 @@
 """The plan that gives everybody what it should have, with as few heads and groups as possible in another place than now."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
+from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.placement import Plan, order_of_heads
+from halo_mpi.schedule.work import Work
 
 Disks = list[dict[str, set[int]]]  # heads ("query") and groups ("ffn") on each rank's disk
 
@@ -33,6 +37,33 @@ def moved(plan: Plan, config: ModelConfig, heads: Sequence[int], groups: Sequenc
             plan.ffn[layer], groups, list(range(config.groups)), tiers, [disk["ffn"] for disk in available], True
         )
     return Plan("moved", query, ffn)
+
+
+def without_ends(plan: Plan, unstable: Sequence[int], ranks: int, available: Disks) -> Plan:
+    """The same, but nothing of the first and the last layer on the `unstable`: what is lost there costs most, and is always waited for."""
+    query, ffn = plan.query.copy(), plan.ffn.copy()
+    for name, table in (("query", query), ("ffn", ffn)):
+        for layer in {0, len(table) - 1}:
+            load = np.bincount(table[layer], minlength=ranks)
+            for entry in np.flatnonzero(np.isin(table[layer], list(unstable))).tolist():
+                takers = [rank for rank in range(ranks) if rank not in unstable and entry in available[rank][name]]
+                if takers:
+                    taker = min(takers, key=lambda rank: (load[rank], rank))
+                    table[layer, entry] = taker
+                    load[taker] += 1
+    return replace(plan, query=query, ffn=ffn)
+
+
+def room(plan: Plan, config: ModelConfig, cluster: Cluster, work: Work) -> int | None:
+    """Bytes that every rank has left under a plan, less than 0 if one lacks some; None: enough."""
+    left = None
+    for rank, device in enumerate(cluster.devices):
+        heads, groups = plan.query_heads(rank), plan.groups(rank)
+        if device.memory is not None:
+            taken = sum(map(shape_bytes, part_shapes(config, heads, groups))) + cache_bytes(config, heads, work.context)
+            own = device.memory - taken - (work.root_bytes if rank == 0 else 0)
+            left = own if left is None else min(left, own)
+    return left
 
 
 def _dealt_again(owner: np.ndarray, counts: Sequence[int], order: list[int], tiers: list[list[int]], disks: list[set[int]],
