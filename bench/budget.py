@@ -1,14 +1,16 @@
 """A share that is larger than its memory: python -m bench.budget [--json FILE]
 
 All heads and groups of the model on one rank, without the vocabulary, on one thread, for weights stored as f32 and as int4 and with
-a part of them staying in memory; the rest is read again at every token. In turns in one run: a token with all weights in memory
-(computing), the reading of what does not stay without computing (reading), and both at once, as the program does it. Cold: the
-model's files are taken out of the page cache before each of them.
+a part of them staying in memory; the rest is read again at every token. In turns in one run, some tokens one right after the other: with
+all weights in memory (computing), the reading of what does not stay without computing (reading), and both at once, as the program does it.
+Cold: the model's files are taken out of the page cache before, and again after each part that was read.
 """
 
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ import torch
 
 from bench.load import CACHES, SOURCE, prepare, stored_as
 from bench.modes import Names, Numbers
+from bench.pagecache import drop, resident
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
@@ -31,16 +34,18 @@ from halo_mpi.store.reader import ModelStore
 
 CONTEXT = 64  # tokens in the KV cache
 COLD_ENOUGH = 0.05  # of the pages still in memory: the loader has read ahead
-TOKENS = 12  # of each kind
+ROUNDS, TOKENS = 4, 6  # of each kind; the first token of a round is not counted, since the loader begins it with two parts read
 
 
 @contextmanager
-def loading(model: Path, held: float):
+def loading(model: Path, held: float, cold: bool):
     """A share of everything, of whose weights so much stays, and its loader."""
     store, config = ModelStore(model), config_of(model)
     heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
     layers, parts = share_parts(store, config, heads, groups)
     sizes = [shape_bytes(part.shapes) for part in parts]
+    if cold:
+        parts = [replace(part, read=partial(read_and_drop, part.read, model)) for part in parts]
     loader = Loader(parts, reside(sizes, int(held * sum(sizes))))
     loader.load()
     try:
@@ -48,6 +53,11 @@ def loading(model: Path, held: float):
     finally:
         loader.close()
         store.close()
+
+
+def read_and_drop(read: Callable[[], None], model: Path) -> None:
+    read()
+    drop(model)
 
 
 def token_ms(share: Share, loader: Loader, compute: bool) -> float:
@@ -65,23 +75,24 @@ def token_ms(share: Share, loader: Loader, compute: bool) -> float:
 
 
 def run_budget(cell: dict, model: Path) -> dict:
-    began = time.perf_counter()
+    began, cold = time.perf_counter(), cell["cache"] == "cold"
     times: dict[str, list[float]] = {"compute_ms": [], "read_ms": [], "both_ms": []}
     error = None
-    with loading(model, 1.0) as (whole, all_held), loading(model, cell["held"]) as (share, loader):
+    with loading(model, 1.0, False) as (whole, all_held), loading(model, cell["held"], cold) as (share, loader):
         kinds: dict[str, Callable[[], float]] = {
             "compute_ms": lambda: token_ms(whole, all_held, True),
             "read_ms": lambda: token_ms(share, loader, False),
             "both_ms": lambda: token_ms(share, loader, True),
         }
-        for _ in range(TOKENS + 1):
+        for _ in range(ROUNDS):
             for name, once in kinds.items():
-                left = prepare(model, cell["cache"])
-                if cell["cache"] == "cold" and left > COLD_ENOUGH:
+                prepare(model, cell["cache"])
+                taken = [once() for _ in range(TOKENS)][1:]
+                times[name].append(round(float(np.mean(taken)), 3))
+                if cold and (left := resident(model)) > COLD_ENOUGH:
                     error = f"{left:.0%} of the model cannot be dropped from the page cache here"
-                times[name].append(round(once(), 3))
         streamed = loader.residence.streamed_bytes
-    kept = {name: taken[1:] for name, taken in times.items()}  # the first warms up
+    kept = {name: taken[1:] for name, taken in times.items()}  # the first round warms up
     return {
         "status": "failed" if error else "ok",
         "error": error,
@@ -140,7 +151,7 @@ def main(source, dtypes, held, repeats, minutes, out) -> int:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     with stored_as(source, dtypes) as (shape, models):
-        results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, tokens=TOKENS)
+        results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, rounds=ROUNDS, tokens=TOKENS)
         groups = [
             [{"dtype": dtype, "cache": cache, "held": part, "repeat": repeat}]
             for repeat in range(repeats)

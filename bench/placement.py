@@ -1,7 +1,8 @@
 """What the scheduler predicts and what comes of it: python -m bench.placement [--scenes NAME,...] [--json FILE]
 
-Each scenario with even shares and with those that `--placement auto` finds, in time boxes that alternate. Ideal: shares in exact
-proportion to what the devices can do, on the same links, by the cost model; whole heads and groups cannot always have that.
+Each scenario with even shares, with those that `--placement auto` finds, and if wanted with all heads on the root, in time boxes that
+alternate; nothing moves. Ideal: shares in exact proportion to what the devices can do, on the same links, by the cost model; whole heads
+and groups cannot always have that.
 """
 
 import click
@@ -15,7 +16,7 @@ from bench.shapes import config_of, model_options
 from bench.stats import pairwise, percentile, pooled, token_ms
 from bench.tables import Table, number
 
-PLACEMENTS = ("even", "auto")
+PLACEMENTS = ("even", "root-attention", "auto")
 
 
 def name_of(cell: dict) -> str:
@@ -48,14 +49,15 @@ def table(content: dict) -> Table:
     for scene in settings["scenes"]:
         drawn.ruled.add(len(drawn.rows))
         own = [run for run in content["runs"] if run["scene"] == scene and run["status"] == "ok"]
-        even, auto = ([run for run in own if run["placement"] == placement] for placement in PLACEMENTS)
-        for placement, runs in zip(PLACEMENTS, (even, auto)):
+        even, auto = ([run for run in own if run["placement"] == placement] for placement in ("even", "auto"))
+        for placement in settings.get("placements", ("even", "auto")):
+            runs = [run for run in own if run["placement"] == placement]
             samples = pooled(runs)
             if not samples or not auto:
                 drawn.rows.append([scene, placement, "-", "0", *["-"] * 7])
                 continue
             told = [run["report"]["scheduler"] for run in auto]
-            options = [each["options"]["even" if placement == "even" else each["chosen"]] for each in told]
+            options = [each["options"][each["chosen"] if placement == "auto" else placement] for each in told]
             predicted = percentile([option["tpot_ms"] for option in options], 50)
             ideal = percentile([ideal_ms(each, settings["layers"]) for each in told], 50)
             ratio = pairwise(runs, even, token_ms) if placement != "even" else None
@@ -76,20 +78,21 @@ def table(content: dict) -> Table:
 @model_options
 @click.option("--scenes", type=Names(path.stem for path in SCENARIOS.glob("*.toml")), default="clean-4,clean-8,hot-pi,wifi",
               show_default=True)  # fmt: skip
+@click.option("--placements", type=Names(PLACEMENTS), default="even,auto", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.1), default=6.0, show_default=True, help="Time box of a run.")
 @shared_options("pace", "minutes", "seed", "json")
-def main(model, scenes, repeats, seconds, pace_ms, minutes, seed, out) -> int:
+def main(model, scenes, placements, repeats, seconds, pace_ms, minutes, seed, out) -> int:
     require_lab()
     config = config_of(model)
-    results = Results("placement", out, seed, model=config.name, layers=config.layers, scenes=scenes, repeats=repeats, seconds=seconds,
-                      pace_ms=pace_ms)  # fmt: skip
+    results = Results("placement", out, seed, model=config.name, layers=config.layers, scenes=scenes, placements=placements,
+                      repeats=repeats, seconds=seconds, pace_ms=pace_ms)  # fmt: skip
 
     def run(cell: dict) -> dict:
-        options = ("--placement", cell["placement"])
+        options = ("--placement", cell["placement"], "--no-moves")
         return run_in_scene(model, options, cell["scene"], pace_ms, seconds, seed + cell["repeat"])
 
-    groups = [[{"scene": s, "placement": p, "repeat": r} for p in PLACEMENTS] for r in range(repeats) for s in scenes]
+    groups = [[{"scene": s, "placement": p, "repeat": r} for p in placements] for r in range(repeats) for s in scenes]
     measure(groups, run, line_of, lambda _: 15 + 1.5 * seconds, minutes, results)
     table(results.content).print()
     return 0 if any(run["status"] == "ok" for run in results.runs) else 1

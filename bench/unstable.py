@@ -13,6 +13,7 @@ import click
 
 from bench.cells import require_lab, run_in_lab, run_locally
 from bench.lab.scenario import load_scenario
+from bench.modes import Names
 from bench.quality import language_reference, scored, scoring
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
@@ -21,11 +22,15 @@ from bench.shapes import config_of, model_options
 from bench.stats import percentile, pooled
 from bench.tables import Table, number
 from bench.tradeoff import quality
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.records import split_evenly
 
 WAYS = {
     "plain": ("without calibration, even shares", ("--no-calibration", "--placement", "even")),
     "calibrated": ("predictor and estimates", ()),
     "tiers": ("the same, what matters least to the bad devices", ("--placement", "TIERS")),
+    "half": ("the same, and half an even share of the weights there: groups, no heads", ("--placement", "HALF")),
+    "auto": ("placement auto, whose work moves", ("--placement", "auto")),
 }
 SETTINGS = (("auto", 8, 0.5), ("1", 8, 0.5))  # deadline in ms, max lag, quality: two of eight devices may be done without
 TIMEOUT_S = 600.0
@@ -38,6 +43,19 @@ def tiers_of(scene: str) -> list[list[int]]:
     workers = range(1, len(loss))
     bad = [rank for rank in workers if loss[rank] > min(loss)]
     return [tier for tier in ([0], [rank for rank in workers if rank not in bad], bad) if tier]
+
+
+def half_of(config: ModelConfig, tiers: list[list[int]]) -> dict:
+    """A placement file's content: the last tier holds about half an even share, all of it groups; the others share the rest evenly."""
+    *good, bad = tiers
+    good, ranks = sum(good, []), sum(map(len, tiers))
+    weights = 3 * config.ffn + 2 * (config.heads + config.kv_heads) * config.head_dim  # of a layer, in rows of `hidden`
+    each = max(1, round(weights / (2 * ranks) / (3 * config.group_size)))
+    heads, groups = [0] * ranks, [0] * ranks
+    for counts, count in ((heads, config.heads), (groups, config.groups - each * len(bad))):
+        for rank, own in zip(good, split_evenly(count, len(good))):
+            counts[rank] = own
+    return {"tiers": tiers, "heads": heads, "groups": [each if rank in bad else own for rank, own in enumerate(groups)]}
 
 
 def name_of(cell: dict) -> str:
@@ -89,21 +107,23 @@ def table(content: dict) -> Table:
 @model_options
 @click.option("--scene", type=click.Choice(sorted(path.stem for path in SCENARIOS.glob("*.toml"))), default="two-bad-of-eight",
               show_default=True)  # fmt: skip
+@click.option("--ways", type=Names(WAYS), default=",".join(WAYS), show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @shared_options("pace", "minutes", "seed", "json", minutes=40)
-def main(model, scene, tokens, context, pace_ms, minutes, seed, out) -> int:
+def main(model, scene, ways, tokens, context, pace_ms, minutes, seed, out) -> int:
     require_lab()
     config = config_of(model)
     context = min(context, config.context)
     scenario = scenario_of(scene, pace_ms)
     results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, pace_ms=pace_ms)
     groups = [[{"way": "reference"}, {"way": "strict"}]]
-    groups += [[{"way": way, "deadline": d, "max_lag": lag, "quality": q} for way in WAYS] for d, lag, q in SETTINGS]
+    groups += [[{"way": way, "deadline": d, "max_lag": lag, "quality": q} for way in ways] for d, lag, q in SETTINGS]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
-        text, tiers = Path(name) / "text", Path(name) / "tiers.json"
+        text, files = Path(name) / "text", {"TIERS": Path(name) / "tiers.json", "HALF": Path(name) / "half.json"}
         text.write_text(language_reference())
-        tiers.write_text(json.dumps({"tiers": tiers_of(scene)}))
+        files["TIERS"].write_text(json.dumps({"tiers": tiers_of(scene)}))
+        files["HALF"].write_text(json.dumps(half_of(config, tiers_of(scene))))
 
         def run(cell: dict) -> dict:
             if cell["way"] == "reference":
@@ -111,7 +131,7 @@ def main(model, scene, tokens, context, pace_ms, minutes, seed, out) -> int:
                 return scored(program, lambda command: run_locally(1, command, TIMEOUT_S))
             options = ("--sync", "strict")
             if cell["way"] in WAYS:
-                chosen = [str(tiers) if option == "TIERS" else option for option in WAYS[cell["way"]][1]]
+                chosen = [str(files.get(option, option)) for option in WAYS[cell["way"]][1]]
                 options = ("--sync", "relaxed", "--deadline-ms", cell["deadline"], "--max-lag", str(cell["max_lag"]),
                            "--quality", str(cell["quality"]), *chosen)  # fmt: skip
             count = tokens if cell["way"] in WAYS else max(2, tokens // 10)

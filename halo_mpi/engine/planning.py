@@ -17,8 +17,8 @@ from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
-from halo_mpi.schedule.moving import room, without_ends
-from halo_mpi.schedule.placement import Plan, make_plan
+from halo_mpi.schedule.moving import room
+from halo_mpi.schedule.placement import Plan, make_plan, without_ends
 from halo_mpi.schedule.shares import Shares, Work, with_cost
 from halo_mpi.schedule.shown import as_json
 from halo_mpi.wire.exchange import broadcast, gather

@@ -9,8 +9,8 @@ from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.mover import Mover
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.moving import Disks, moved, room, without_ends
-from halo_mpi.schedule.placement import Plan, changed_keys
+from halo_mpi.schedule.moving import moved, room
+from halo_mpi.schedule.placement import Disks, Plan, changed_keys, without_ends
 from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import Target, Watch

@@ -1,17 +1,14 @@
 """The plan that gives everybody what it should have, with as few heads and groups as possible in another place than now."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.placement import Plan, order_of_heads
+from halo_mpi.schedule.placement import Disks, Plan, order_of_heads
 from halo_mpi.schedule.work import Work
-
-Disks = list[dict[str, set[int]]]  # heads ("query") and groups ("ffn") on each rank's disk
 
 
 def moved(plan: Plan, config: ModelConfig, heads: Sequence[int], groups: Sequence[int], unstable: Sequence[int], available: Disks,
@@ -37,21 +34,6 @@ def moved(plan: Plan, config: ModelConfig, heads: Sequence[int], groups: Sequenc
             plan.ffn[layer], groups, list(range(config.groups)), tiers, [disk["ffn"] for disk in available], True
         )
     return Plan("moved", query, ffn)
-
-
-def without_ends(plan: Plan, unstable: Sequence[int], ranks: int, available: Disks) -> Plan:
-    """The same, but nothing of the first and the last layer on the `unstable`: what is lost there costs most, and is always waited for."""
-    query, ffn = plan.query.copy(), plan.ffn.copy()
-    for name, table in (("query", query), ("ffn", ffn)):
-        for layer in {0, len(table) - 1}:
-            load = np.bincount(table[layer], minlength=ranks)
-            for entry in np.flatnonzero(np.isin(table[layer], list(unstable))).tolist():
-                takers = [rank for rank in range(ranks) if rank not in unstable and entry in available[rank][name]]
-                if takers:
-                    taker = min(takers, key=lambda rank: (load[rank], rank))
-                    table[layer, entry] = taker
-                    load[taker] += 1
-    return replace(plan, query=query, ffn=ffn)
 
 
 def room(plan: Plan, config: ModelConfig, cluster: Cluster, work: Work) -> int | None:

@@ -1,7 +1,8 @@
 """Who computes what: an owner rank for every query head and FFN group of every layer."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import owners, split_evenly
 from halo_mpi.schedule.advice import Advice
 from halo_mpi.wire.messages import Kind
+
+Disks = list[dict[str, set[int]]]  # heads ("query") and groups ("ffn") on each rank's disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,15 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
 
     even: the same number everywhere, up to one; of sorted groups some of the better and some of the worse. root-attention: all
     heads on rank 0. FILE: JSON with "heads" and "groups", counts per rank; or with "tiers", lists of ranks from the most stable to
-    the least, for a calibrated model (`calibration`: what was found, from its metadata). importance: even; of a calibrated model in tiers,
+    the least, for a calibrated model (`calibration`: what was found, from its metadata); of three tiers or more, the last has
+    nothing of the first and last layer. importance: even; of a calibrated model in tiers,
     rank 0, which is never late, before all others. auto: as `advice` has it, with a tier of what is unstable.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
     ranks, fixed = len(available), False
     heads, groups = split_evenly(config.heads, ranks), split_evenly(config.groups, ranks)
-    tiers = None
+    tiers, least_stable = None, []
     if placement in ("auto", "importance") and calibration and ranks > 1:
         unstable = list(advice.unstable) if advice else []
         tiers = [tier for tier in ([0], [rank for rank in range(1, ranks) if rank not in unstable], unstable) if tier]
@@ -94,6 +98,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     else:
         wanted = read_placement(Path(placement), config, ranks)
         tiers, fixed = wanted.get("tiers"), "heads" in wanted
+        least_stable = tiers[-1] if tiers and len(tiers) > 2 and 0 not in tiers[-1] else []
         if tiers and not calibration:
             raise UsageError(
                 f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
@@ -110,7 +115,8 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
         query, ffn = np.tile(owners(heads), (config.layers, 1)), np.array(owners(groups))
     query = np.stack([_assign("query", heads, row, available, fixed or placement == "root-attention") for row in query.tolist()])
     ffn = _assign("ffn", groups, ffn.tolist(), available, fixed)
-    return Plan(name, query, np.tile(ffn, (config.layers, 1)))
+    plan = Plan(name, query, np.tile(ffn, (config.layers, 1)))
+    return without_ends(plan, least_stable, ranks, available) if least_stable else plan
 
 
 def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tiers: list[list[int]],
@@ -132,6 +138,21 @@ def order_of_heads(config: ModelConfig, importance: list[float]) -> list[int]:
     """A layer's heads by falling importance, those that share a KV head side by side."""
     of_kv = np.reshape(importance, (config.kv_heads, -1)).sum(1)
     return sorted(range(config.heads), key=lambda head: (-of_kv[head // config.heads_per_kv], -importance[head]))
+
+
+def without_ends(plan: Plan, unstable: Sequence[int], ranks: int, available: Disks) -> Plan:
+    """The same, but nothing of the first and the last layer on the `unstable`: what is lost there costs most, and is always waited for."""
+    query, ffn = plan.query.copy(), plan.ffn.copy()
+    for name, table in (("query", query), ("ffn", ffn)):
+        for layer in {0, len(table) - 1}:
+            load = np.bincount(table[layer], minlength=ranks)
+            for entry in np.flatnonzero(np.isin(table[layer], list(unstable))).tolist():
+                takers = [rank for rank in range(ranks) if rank not in unstable and entry in available[rank][name]]
+                if takers:
+                    taker = min(takers, key=lambda rank: (load[rank], rank))
+                    table[layer, entry] = taker
+                    load[taker] += 1
+    return replace(plan, query=query, ffn=ffn)
 
 
 def _back_and_forth(shares: list[int], tiers: list[list[int]]) -> list[int]:
