@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halo_mpi.errors import HaloError
-from halo_mpi.wire.messages import BLOCK, HEADER, WIRES, Kind, Message, vector_bytes
+from halo_mpi.wire.messages import BLOCK, HEADER, WIRES, Kind, Message, rows_text, text_rows, vector_bytes
 
 pytestmark = pytest.mark.timeout(30)
 WIDTHS = (1, 31, 32, 33, 100, 576)
@@ -70,11 +70,20 @@ def test_a_buffer_of_many_rows_holds_one_row_after_another_message(wire):
 
 def test_every_field_of_the_header_survives():
     sender, receiver = Message(2, 8), Message(2, 8)
-    data = sender.write(4_000_000_000, Kind.REPLAY, 65_535, 3_000_000_000, vectors(2, 8), "f16", epoch=255, lag=200)
+    data = sender.write(4_000_000_000, Kind.REPLAY, 255, 3_000_000_000, vectors(2, 8), "f16", epoch=255, lag=60_000, plan=254)
     receiver.buffer[: len(data)] = data
-    fields = {"seq": 4_000_000_000, "position": 3_000_000_000, "layer": 65_535, "rows": 2, "kind": Kind.REPLAY,
-              "wire": WIRES.index("f16"), "epoch": 255, "lag": 200}  # fmt: skip
+    fields = {"seq": 4_000_000_000, "position": 3_000_000_000, "layer": 255, "rows": 2, "kind": Kind.REPLAY,
+              "wire": WIRES.index("f16"), "epoch": 255, "lag": 60_000, "plan": 254}  # fmt: skip
     assert {name: int(receiver.header[name]) for name in HEADER.names} == fields
+
+
+@pytest.mark.parametrize("width", [8, 100])
+def test_a_text_arrives_as_it_was_sent_and_one_that_is_too_long_is_cut(width):
+    sender, receiver = Message(4, width), Message(4, width)
+    for text in ("", "é", "x" * 3 * width, "y" * 99 * width):
+        data = sender.write(1, Kind.PLAN, x=text_rows(text, width, 4), wire="bytes")
+        receiver.buffer[: len(data)] = data
+        assert rows_text(receiver.read()) == text[: 4 * width]
 
 
 def test_a_lag_that_does_not_fit_is_the_largest_that_does():

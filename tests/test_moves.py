@@ -18,7 +18,7 @@ from tests.test_protocol import CONTEXT, IDS, NO_STALL, QUICK, RANKS, RELAXED, c
 
 pytestmark = pytest.mark.timeout(300)
 examples = settings(
-    max_examples=10, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
+    max_examples=6, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
 )
 
 
