@@ -44,7 +44,9 @@ EXAMPLE = (
     "--min-p", default=0.0, show_default=True, help="Leave out tokens less likely than this share of the likeliest one."
 )
 @click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: tokens that occurred become less likely.")
-@click.option("--seed", type=int, help="Same seed, ranks and placement: same text. Default: a new one, told in the report.")
+@click.option(
+    "--seed", type=int, help="Same seed, ranks and placement, and --no-moves: same text. Default: a new one, told in the report."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.pass_obj

@@ -1,6 +1,8 @@
 """Work that moves to other ranks while text flows, on a simulated wire: nothing is lost, nothing is computed under two plans."""
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +12,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from halo_mpi.engine import mover
+from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.mover import from_rows, to_rows
 from halo_mpi.errors import DamagedFileError, HaloError
+from halo_mpi.model.loading import share_parts
+from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.placement import Change, Plan
+from halo_mpi.schedule.residence import reside
+from halo_mpi.wire.messages import Kind, Message
 from tests.simulator import STRICT, Simulation
 from tests.test_protocol import CONTEXT, IDS, NO_STALL, QUICK, RANKS, RELAXED, caches_are_complete, slow_links, stalls
 
@@ -175,3 +182,55 @@ def test_changes_survive_the_wire():
     changes = {3: Change([0, 2], []), 29: Change([], [1, 5, 11])}
     assert from_rows(to_rows(255, changes, 32)) == (255, changes)
     assert from_rows(to_rows(0, {}, 32)) == (0, {})
+
+
+def test_old_weights_are_let_go_of(deep):
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    held = simulation.holdings[1]
+    store, config = simulation.store, simulation.config
+    layers, parts = share_parts(store, config, held.heads, held.groups)
+    loader = Loader(parts, reside([shape_bytes(part.shapes) for part in parts], None))
+    loader.load()
+    del parts
+    simulation.holdings[1]._first, held.share.layers = loader, layers
+    old = weakref.ref(layers[2].gate_up)
+    del layers
+    plan = simulation.root.mover.plan
+    simulation.text(IDS, 0)
+    simulation.root.mover.aim_at(Plan("any", plan.query, (plan.ffn + 1) % RANKS))
+    finish_moving(simulation, IDS)
+    for position in range(3):
+        simulation.root.step(7, 40 + position)
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.parametrize("wire", ["f32", "f16", "q8"])
+def test_a_worker_without_work_tells_how_fast_it_is_and_does_not_forget_the_text(deep, wire):
+    simulation = Simulation(deep, 2, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    worker, link = simulation.workers[1]._link, simulation.root._link
+    epoch = worker._epoch
+    message = Message(4, simulation.config.hidden)
+    message.write(1, Kind.PROBE, wire=wire)
+    worker._take(message)
+    assert worker._epoch == epoch and worker.next().kind == Kind.PROBE
+    link.probe_speed(1)
+    simulation.settle(0.1)
+    probe = link.peers[1].probe
+    assert probe.took_s > 0 and link.peers[1].probed_at is None
+
+
+def test_a_root_that_cannot_load_its_part_keeps_everything_where_it_is(deep, monkeypatch):
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    before, prepare = simulation.root.mover.plan, simulation.holdings[0].prepare
+
+    def fail(plan, changes, also):
+        if changes:
+            raise HaloError("memory ran out while loading weights")
+        prepare(plan, changes, also)
+
+    monkeypatch.setattr(simulation.holdings[0], "prepare", fail)
+    simulation.text(IDS, 0)
+    simulation.root.mover.aim_at(any_plan(simulation, 1))
+    finish_moving(simulation, IDS)
+    assert is_held(simulation, before) and not simulation.root.mover.may_move and "memory ran out" in simulation.notes[-1]

@@ -55,7 +55,7 @@ class AttentionInputs:
         for first in range(start, end, self._chunk):
             rows = self.rows(layer, first, min(end, first + self._chunk)).numpy()
             link.replay(rank, Kind.REFILL, layer, first, rows, epoch, plan, self._wire)
-        self._sent[rank][layer] = end
+        self._sent[rank][layer] = max(end, self._sent[rank][layer]) if rank in self._workers[layer] else end
 
     def portion(self, size: int) -> int:
         """How many rows so many bytes are."""

@@ -78,9 +78,7 @@ class Holdings:
         `also`: to be read by the same thread. Raises HaloError if there is no memory for it.
         """
         self.forget()
-        if changes and self._first and self._first.residence.streamed_bytes:
-            raise HaloError("it reads weights at every token, so its share stays as it is")
-        for loader in (self._first, self._last and self._last.loader):
+        for loader in (changes and self._first, self._last and self._last.loader):
             if loader:
                 loader.load()
         layers, caches, parts, numbers = {}, {}, [], {}
@@ -104,12 +102,6 @@ class Holdings:
         """Whether all is loaded for this plan. Raises what reading raised."""
         return bool(self._coming and self._coming.plan == plan) and self._coming.loader.is_done()
 
-    def lacks(self, layer: int) -> bool:
-        """Whether the cache of some head that is to come must be filled."""
-        coming = self._coming
-        return bool(coming) and layer in coming.caches and bool(new_kv_heads(self.share.config.heads_per_kv, self.heads[layer],
-                                                                             coming.changes[layer].heads))  # fmt: skip
-
     def refill(self, layer: int, x: torch.Tensor, position: int) -> None:
         """Append K and V of the normed input x [T, D] at `position` to the cache that a layer will have."""
         coming = self._coming
@@ -131,7 +123,7 @@ class Holdings:
                 before, after = (runs_of(heads, each)[0] for heads in (self.heads[layer], change.heads))
                 for had, has in zip(share.kv[layer], coming.caches[layer]):
                     for head in set(before) & set(after):
-                        has[after.index(head)] = had[before.index(head)]
+                        has[after.index(head), : share.filled] = had[before.index(head), : share.filled]
                 share.kv[layer] = coming.caches[layer]
             share.layers[layer] = coming.layers[layer]
             self.heads[layer], self.groups[layer] = change.heads, change.groups

@@ -42,6 +42,8 @@ class Loader:
         self._to_stay = {part for part, stays in enumerate(residence.stays) if stays} - self._there
         self._at, self._closing = 0, False
         self._complete = len(self._there) == len(self._parts)
+        if self._complete:
+            self._parts = []
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._bar = iter(progress(range(len(self._to_stay)), len(self._to_stay), "loading weights", shown))
@@ -153,6 +155,8 @@ class Loader:
         with self._changed:
             self._there.add(part)
             self._complete = len(self._there) == len(self._parts) and not self._slots
+            if self._complete:
+                self._parts = []  # what they were read into may be given up when work moves
             self._changed.notify()
 
 

@@ -19,17 +19,14 @@ from halo_mpi.engine.holdings import Holdings, new_kv_heads
 from halo_mpi.engine.predictor import Predictor
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import attention_shapes, ffn_shapes, shape_bytes
+from halo_mpi.model.sizes import attention_shapes, cache_bytes, ffn_shapes, shape_bytes
 from halo_mpi.schedule.placement import Change, Plan, changed_keys
 from halo_mpi.wire.messages import PLANS, rows_text, text_rows
 from halo_mpi.wire.root_link import RootLink
 
-STEP_BYTES = 48 * 2**20  # of matrices that a rank holds twice, at most, if one layer's are not more
-PORTION_BYTES, FIRST_BYTES, MOST_BYTES = (
-    32 * 2**10,
-    256 * 2**10,
-    2 * 2**20,
-)  # of attention inputs, before a token: least, first, most
+STEP_BYTES = 48 * 2**20  # of matrices and cache that a rank holds twice, at most, if one layer's are not more
+PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2 * 2**20  # of attention inputs, before a token
+FIRST_BYTES = 128 * 2**10
 SHORT, LONG = 0.1, 0.3  # of a token's time that a portion may take: below it grows, above it shrinks
 FASTER = 4  # rows, at least, for each that a token adds
 TEXT_ROWS, ENTRY_BYTES = 64, 4  # of what a worker is told, at most; for a head or group, and as much for what is around them
@@ -102,36 +99,42 @@ class Mover:
     def _step(self) -> Plan:
         """The plan in force, with the next layers of what it shall be."""
         query, ffn, layers = self.plan.query.copy(), self.plan.ffn.copy(), 0
-        held = np.zeros(self._link.ranks, int)
+        held, own = (
+            np.zeros(self._link.ranks, int),
+            [(self._aim.query_heads(r), self._aim.groups(r)) for r in range(self._link.ranks)],
+        )
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
-            held += [self._bytes(rank, layer) for rank in range(self._link.ranks)]
+            held += [self._bytes(heads[layer], groups[layer]) for heads, groups in own]
             if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
         return Plan(self._aim.name, query, ffn)
 
-    def _bytes(self, rank: int, layer: int) -> int:
-        heads, groups = self._aim.query_heads(rank)[layer], self._aim.groups(rank)[layer]
-        return shape_bytes(attention_shapes(self._config, heads)) + shape_bytes(ffn_shapes(self._config, groups))
+    def _bytes(self, heads: list[int], groups: list[int]) -> int:
+        """What a rank's part of a layer takes, its cache included."""
+        matrices = shape_bytes(attention_shapes(self._config, heads)) + shape_bytes(ffn_shapes(self._config, groups))
+        return matrices + cache_bytes(self._config, [heads], self._holdings.share.context)
 
     def _announce(self, plan: Plan) -> None:
         """Tell everybody what comes next."""
-        ranks, each = range(self._link.ranks), self._config.heads_per_kv
-        changes = {rank: self.plan.changes(plan, rank) for rank in ranks}
+        changes = {rank: self.plan.changes(plan, rank) for rank in range(self._link.ranks)}
         self._next, self._told = plan, (self._told + 1) % PLANS
-        self._changing = {rank for rank in ranks if changes[rank]}
-        self._refilled = {
-            (rank, layer): 0
-            for rank in ranks
-            for layer, own in changes[rank].items()
-            if new_kv_heads(each, self.plan.query_heads(rank)[layer], own.heads)
-        }
-        self._gainers = {rank for rank, _ in self._refilled} | {
-            rank for rank in ranks for layer, own in changes[rank].items() if set(own.groups) - set(self.plan.groups(rank)[layer])
-        }
+        if self._told == self.number:
+            self._told = (self._told + 1) % PLANS
+        self._changing, self._gainers, self._refilled = {rank for rank in changes if changes[rank]}, set(), {}
+        for rank in self._changing:
+            heads, groups = self.plan.query_heads(rank), self.plan.groups(rank)
+            for layer, own in changes[rank].items():
+                if set(own.heads) - set(heads[layer]) or set(own.groups) - set(groups[layer]):
+                    self._gainers.add(rank)
+                if new_kv_heads(self._config.heads_per_kv, heads[layer], own.heads):
+                    self._refilled[rank, layer] = 0
         for rank in self._link.workers:
             self._link.announce(rank, self._told, to_rows(self.number, changes[rank], self._config.hidden), self._epoch)
-        self._holdings.prepare(self._told, changes[0], lambda: self._predictor.load(plan))
+        try:
+            self._holdings.prepare(self._told, changes[0], lambda: self._predictor.load(plan))
+        except HaloError as error:
+            self._give_up(str(error), for_good=True)
 
     def _is_prepared(self) -> bool:
         """Whether everybody who is there has loaded what changes. Raises HaloError if somebody cannot."""
@@ -139,12 +142,10 @@ class Mover:
             return False
         for rank in self._changing - {0}:
             peer = self._link.peers[rank]
-            if self._crew.does_without(rank):
-                continue
-            if peer.prepared != self._told:
-                return False
-            if peer.refusal:
+            if peer.prepared == self._told and peer.refusal:
                 raise HaloError(f"rank {rank}: {peer.refusal}")
+            if peer.prepared != self._told and not self._crew.does_without(rank):
+                return False
         return True
 
     def _refill(self, position: int) -> bool:

@@ -88,8 +88,8 @@ _OPTIONS = (
     click.option("--wire", type=click.Choice(WIRES), default="f16", show_default=True,
                  help="Numbers in messages: 4, 2 or 1 byte each; what fits one packet is lost less often."),
     click.option("--sync", "mode", type=click.Choice(["strict", "relaxed"]), default="strict", show_default=True,
-                 help="strict: waits for every answer, and the network cannot change the text. relaxed: goes on past a late answer with "
-                      "an estimate, and corrects it when the answer comes."),
+                 help="strict: waits for every answer, and the network cannot change the text, but for the rounding when work moves. "
+                      "relaxed: goes on past a late answer with an estimate, and corrects it when the answer comes."),
     click.option("--late", type=click.Choice(["defer", "drop"]), default="defer", show_default=True,
                  help="relaxed: what becomes of late answers. drop: they count as zero, in every layer, as in HALO (for comparison)."),
     click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True,

@@ -34,13 +34,15 @@ class Replacer:
         self._mover, self._crew, self._link, self._note, self._phase = mover, crew, link, note, phase
         self._telemetry = Telemetry(cluster)
         self._watch = Watch(work, calibration is not None, unstable)
-        self._aim: Plan | None = None
+        self._aim: Plan | None = None  # until it is reached
+        self._moving = False
         self._probed_at = 0.0
         self._plan: Plan | None = None
         self._follow()
 
     def computed(self, rank: int, kind: Kind, layer: int, seconds: float) -> None:
         """A rank computed its part of a sync of one token."""
+        self._follow()
         self._telemetry.computed(rank, kind, self._parts[kind][layer][rank], seconds * 1e3)
 
     def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool) -> None:
@@ -57,20 +59,22 @@ class Replacer:
         now, mover = self._link.waiter.now(), self._mover
         self._telemetry.end_token(now)
         self._follow()
-        if self._aim and mover.idle:
+        if self._moving and mover.idle:
+            self._moving = False
             self._watch.moved(now)
             if not changed_keys(self._plan, self._aim):
                 self._note(f"moved: heads {self._heads}, groups {self._groups} by rank")
-            self._aim = None
+                self._aim = None
         if not mover.idle or not mover.may_move:
             return
         self._probe(now)
         if not self._telemetry.known or not self._watch.due(now):
             return
         cluster = self._telemetry.cluster(self._crew.away_for(GONE_S))
-        target = self._watch.look(cluster, self._heads, self._groups, now)
-        if target:
+        if target := self._watch.look(cluster, self._heads, self._groups, now):
             self._begin(cluster, target)
+        elif self._aim:  # it was given up halfway
+            self._move_to(self._aim, room(self._aim, self._config, cluster, self._work), "it was begun")
 
     def _begin(self, cluster: Cluster, target: Target) -> None:
         shares, unstable = target.advice.shares, target.advice.unstable
@@ -84,11 +88,12 @@ class Replacer:
         if left is not None and left < 0:
             self._note("work stays where it is: some rank's memory would not hold its new part")
             return
-        why = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {target.now_ms:.0f}"
-        if shares.cost.tpot_ms >= target.now_ms:
-            why = f"what matters least goes to rank {', '.join(map(str, unstable))}" if unstable else "all ranks are stable again"
-        self._note(f"moving work, since {why}: heads {list(shares.heads)}, groups {list(shares.groups)} by rank")
-        self._aim = plan
+        self._move_to(plan, left, target.why)
+
+    def _move_to(self, plan: Plan, left: int | None, why: str) -> None:
+        heads, groups = plan.counts(self._link.ranks)
+        self._note(f"moving work, since {why}: heads {heads}, groups {groups} by rank")
+        self._aim, self._moving = plan, True
         self._mover.aim_at(plan, left)
         self._phase("re-placement")
 
@@ -106,7 +111,7 @@ class Replacer:
 
     def _probe(self, now: float) -> None:
         """Ask those that have nothing to do how fast they are."""
-        idle = [rank for rank in self._link.workers if not self._heads[rank] and not self._groups[rank]]
+        idle = [rank for rank in self._link.workers if rank not in self._plan.query and rank not in self._plan.ffn]
         for rank in idle:
             if probe := self._link.peers[rank].probe:
                 over_s = probe.latency_s - probe.took_s
@@ -116,4 +121,4 @@ class Replacer:
             self._probed_at = now
             for rank in idle:
                 if self._link.peers[rank].probed_at is None:
-                    self._link.probe_speed(rank, 0)
+                    self._link.probe_speed(rank)

@@ -34,7 +34,8 @@ PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
 
 
 class Root:
-    """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does.
+    """Computes the model's logits with the workers' help. Strict: a token is the same whatever the network does, but for
+    the rounding of other sums when work moves.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
     `note` is told when a worker is left behind or comes back, and when work moves. `vocabulary`: unless the trunk holds it. `moves`: work

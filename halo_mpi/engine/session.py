@@ -84,6 +84,7 @@ class Session:
         try:
             self.plan, basis = plan_run(self)
             self.weights = Weights(self, loaded)
+            streams = broadcast(self.comm, any(gather(self.comm, self.weights.loader.residence.streamed_bytes)))
             predictor = self.on_root(
                 lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self.uses_calibration)
             )
@@ -109,7 +110,7 @@ class Session:
                 weights.vocabulary,
                 self.moves,
             )
-            if self.moves and basis:
+            if self.moves and basis and not streams:  # what is read at every token does not move
                 self.root.replacer = self._replacer(basis)
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
@@ -163,7 +164,7 @@ class Session:
     def _replacer(self, basis: Basis) -> Replacer:
         root, advice = self.root, basis.advice
         first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
-        calibration = self.store.meta.get("calibration")  # what is read at every token does not move: no read_gbps
+        calibration = self.store.meta.get("calibration")
         return Replacer(self.config, first, basis.work, advice.unstable, basis.disks, calibration, root.mover, root.crew, self.link,
                         self.event, self.marks.phase)  # fmt: skip
 
@@ -220,14 +221,17 @@ class Session:
         self.events.append({"t_s": t_s, "rank": self.comm.rank, "token": self.tokens, "what": what})
 
     def _device(self, measured: dict) -> dict:
-        """One entry of the report's devices: `speed` in GB/s of weights, `compute_ms` per token computed (a lab's pace included)."""
+        """One entry of the report's devices: `speed` in GB/s of weights (None if work has moved), `compute_ms` per token computed (a lab's
+        pace included)."""
         tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
         rank, plan = measured["rank"], self.root.mover.plan
         return {
             **measured,
             "groups": int((plan.ffn == rank).sum()),
             "heads": int((plan.query == rank).sum()),
-            "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3) if compute_s else None,
+            "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3)
+            if compute_s and not self.root.mover.number
+            else None,
             "rtt_ms": self.link.peers[rank].rtt_ms if rank != ROOT else 0.0,
             "late_rate": round(self.root.ledger.late_rate(rank), 6),
             "sent_bytes": self.link.received_bytes.get(rank, sum(self.link.sent_bytes.values())),

@@ -57,14 +57,14 @@ class Share:
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int):
         self.config = config
         self.layers = layers
-        self._context = context
+        self.context, self.filled = context, 0  # positions of the cache that were ever filled
         self.kv: list[Cache] = [self.empty_cache(len(layer.runs)) for layer in layers]
         cos, sin = config.rotary_tables(context)
         self._cos, self._sin = torch.from_numpy(cos), torch.from_numpy(sin)  # [context, head_dim / 2]
 
     def empty_cache(self, kv_heads: int) -> Cache:
         """For so many KV heads of a layer."""
-        shape = (kv_heads, self._context, self.config.head_dim)
+        shape = (kv_heads, self.context, self.config.head_dim)
         return torch.zeros(shape), torch.zeros(shape)
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
@@ -76,6 +76,7 @@ class Share:
         weights, (keys, values) = self.layers[layer], self.kv[layer]
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
+        self.filled = max(self.filled, end)
         qkv = F.linear(x, weights.qkv, weights.qkv_bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
         heads = len(qkv) - 2 * kv_heads
         rotated = self._rotate(qkv[: heads + kv_heads], position)
@@ -94,6 +95,7 @@ class Share:
         weights, (keys, values) = coming or (self.layers[layer], self.kv[layer])
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
+        self.filled = max(self.filled, end)
         rows = slice(len(weights.qkv) - 2 * kv_heads * dim, None)
         bias = None if weights.qkv_bias is None else weights.qkv_bias[rows]
         kv = F.linear(x, weights.qkv[rows], bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]

@@ -13,7 +13,8 @@ from halo_mpi.schedule.cost import KINDS, Cluster, Device
 from halo_mpi.wire.messages import Kind
 
 RECENT_S, LONG_S = 1.0, 5.0  # of which tokens speed and link are told, and how often answers are late
-LEAST, MOST = 2, 7  # tokens within the first
+LEAST, MOST, ANSWERS = 2, 7, 100  # tokens within the first, and answers within the second, or it is made longer
+PROBE_LATE_MS = 6.0  # of a probe: who has nothing to do needs some ms to wake up, TCP at least 8 to repair a loss
 FORGIVEN_MS = 0.15  # of a request: what else runs on a device holds a small share up as long as a large one
 LATE, LATE_MS = 2.0, 2.0  # times the link's time at the start, and so much on top, as when it was measured
 LINK_GREW, LINK_GREW_MS = 1.5, 0.5  # the same of a link that has become slower: less is noise
@@ -67,7 +68,10 @@ class Telemetry:
     def probed(self, rank: int, part: float, ms: float, over_ms: float) -> None:
         """The same of a worker that has nothing to do, and is slow to wake up: its link is at least as good as this shows."""
         self.computed(rank, Kind.FFN, part, ms)
-        self._now[rank].most_ms = over_ms
+        token = self._now[rank]
+        token.answers, token.most_ms = 1, over_ms
+        if over_ms > PROBE_LATE_MS:
+            token.late, token.late_ms = 1, over_ms
 
     def end_token(self, now: float) -> None:
         """What was seen since the last call belongs to one token, which ended now, in seconds."""
@@ -75,7 +79,12 @@ class Telemetry:
             if token.slower(Kind.FFN) is not None:
                 tokens.append((now, token))
                 self._now[rank] = Token()
-            while len(tokens) > LEAST and tokens[0][0] < now - LONG_S:
+            answers = sum(token.answers for _, token in tokens)
+            while (
+                len(tokens) > LEAST
+                and tokens[0][0] < now - LONG_S
+                and (answers := answers - tokens[0][1].answers) >= ANSWERS * bool(rank)
+            ):
                 tokens.popleft()
 
     @property

@@ -1,10 +1,11 @@
 """When work should move: if it is worth it, still is when looked at again and again, and the last move is some time ago."""
 
+import time
 from dataclasses import dataclass
 
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
-from halo_mpi.schedule.cost import Cluster
+from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.shares import Work, with_cost
 
 LOOK_S = 0.4
@@ -12,6 +13,8 @@ CHANGED, LATE_CHANGED = 0.15, 0.02  # of a device's time, and of its answers lat
 GAIN = 0.1  # of a token's time, for which work moves; shares become even again as soon as nothing is lost by it
 ENOUGH = 1.2  # what the gains seen in successive looks must add up to: 3 looks if half of the time can be saved, 8 for little
 LEAST = 0.15  # that a look adds
+MOST_LOOKS = 3.0  # that one look counts for
+SELDOM = 20.0  # times as long as a look took, until the next: it holds the token up
 QUIET = 8  # looks without a gain, after which none is taken until a device changes
 HOLD_S, LONGEST_HOLD_S = 5.0, 80.0  # after a move; twice as long after one that came soon after another
 SOON = 3.0  # times the hold
@@ -19,10 +22,11 @@ SOON = 3.0  # times the hold
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to do instead, and what a token takes as it is, in ms."""
+    """What to do instead, what part of a token's time that saves, and why, in words."""
 
     advice: Advice
-    now_ms: float
+    gain: float
+    why: str
 
 
 class Watch:
@@ -31,26 +35,29 @@ class Watch:
     def __init__(self, work: Work, calibrated: bool, unstable: tuple[int, ...] = ()):
         self._work, self._calibrated, self._unstable = work, calibrated, unstable
         self._looked_at = self._moved_at = -LONGEST_HOLD_S
-        self._hold_s, self._gains, self._quiet = HOLD_S, 0.0, 0
+        self._hold_s, self._gains, self._quiet, self._look_took_s = HOLD_S, 0.0, 0, 0.0
         self._settled: list[tuple[float, ...]] | None = None  # the devices when nothing was worth a move
 
     def due(self, now: float) -> bool:
         """Whether to look."""
-        return now - self._looked_at >= LOOK_S and now - self._moved_at >= self._hold_s
+        return now - self._looked_at >= max(LOOK_S, SELDOM * self._look_took_s) and now - self._moved_at >= self._hold_s
 
     def look(self, cluster: Cluster, heads: list[int], groups: list[int], now: float) -> Target | None:
         """What to do instead of these shares, if it is time for it; to be called when due. `now`: seconds."""
+        looks = min(MOST_LOOKS, (now - self._looked_at) / LOOK_S)  # where a token takes long, one look says as much as several
         self._looked_at = now
         devices = [_figures(device) for device in cluster.devices]
         if self._settled and not any(map(_differ, self._settled, devices)):
             return None
+        begin = time.perf_counter()
         target = self._better(cluster, heads, groups)
+        self._look_took_s = time.perf_counter() - begin
         if target is None:
             self._gains, self._quiet = 0.0, self._quiet + 1
             self._settled = devices if self._quiet >= QUIET else None
             return None
         self._quiet = 0
-        self._gains += max(LEAST, 1 - target.advice.shares.cost.tpot_ms / target.now_ms)
+        self._gains += looks * max(LEAST, target.gain)
         if self._gains < ENOUGH:
             return None
         soon = now - self._moved_at < SOON * self._hold_s + self._hold_s
@@ -68,16 +75,27 @@ class Watch:
             advice = advise(cluster, self._work, self._calibrated, self._unstable)
         except MemoryBudgetError:
             return None
+        shares, unstable = advice.shares, advice.unstable
         now_ms = with_cost(cluster, self._work, heads, groups).cost.tpot_ms
+        gain = 1 - shares.cost.tpot_ms / now_ms
         is_even = all(max(counts) - min(counts) <= 1 for counts in (heads, groups))
-        gain = 0.0 if advice.chosen == "even" and not is_even else GAIN
-        worth = advice.shares.cost.tpot_ms < (1 - gain) * now_ms
-        return Target(advice, now_ms) if worth or advice.unstable != self._unstable else None
+        gone = [rank for rank, device in enumerate(cluster.devices) if _is_gone(device) and (heads[rank] or groups[rank])]
+        if gone:
+            return Target(advice, 0.0, f"rank {gone[0]} does not answer")
+        if gain > (0.0 if advice.chosen == "even" and not is_even else GAIN):
+            return Target(advice, gain, f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}")
+        if unstable == self._unstable:
+            return None
+        named = ", ".join(map(str, unstable))
+        return Target(advice, 0.0, f"what matters least should be on rank {named}" if unstable else "all ranks are stable again")
 
 
-def _figures(device) -> tuple[float, ...]:
-    return (device.attention_ms, device.ffn_ms, device.fixed_ms + device.link_ms, device.late_rate,
-            0.0 if device.disk_groups == 0 and device.disk_heads == 0 else 1.0)  # fmt: skip
+def _is_gone(device: Device) -> bool:
+    return device.disk_heads == 0 and device.disk_groups == 0
+
+
+def _figures(device: Device) -> tuple[float, ...]:
+    return device.attention_ms, device.ffn_ms, device.fixed_ms + device.link_ms, device.late_rate, float(_is_gone(device))
 
 
 def _differ(before: tuple[float, ...], now: tuple[float, ...]) -> bool:

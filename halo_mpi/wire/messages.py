@@ -28,7 +28,7 @@ BYTES = "bytes"  # of text, one per value
 FORMATS = (*WIRES, BYTES)
 BLOCK = 32  # values that share a scale in q8
 EPOCHS = PLANS = 256
-TOOK_S = 1e-5  # the unit in which an answer tells how long it took; at most 0.65 s
+TOOK_S, LONGEST_TOOK = 1e-5, 0xFFFF  # the unit in which an answer tells how long it took; so many or more: too long to tell
 PINGS = 8  # with which the root begins
 
 
@@ -74,7 +74,7 @@ class Message:
         Raises HaloError if a value is too large for the wire format.
         """
         rows = 0 if x is None else len(x)
-        self.header[...] = (seq, position, min(lag, 0xFFFF), layer, rows, kind, FORMATS.index(wire), epoch, plan)
+        self.header[...] = (seq, position, min(lag, LONGEST_TOOK), layer, rows, kind, FORMATS.index(wire), epoch, plan)
         size = rows * vector_bytes(self._width, wire)
         data = self.buffer[HEADER.itemsize : HEADER.itemsize + size]
         if rows and wire == BYTES:
@@ -89,6 +89,8 @@ class Message:
     def read(self) -> np.ndarray:
         """The vectors, f32 [rows, width], or u8 if they are bytes; with f32 on the wire a view that the next message overwrites."""
         rows, wire = int(self.header["rows"]), FORMATS[self.header["wire"]]
+        if not rows:
+            return np.empty((0, self._width), np.float32)
         data = self.buffer[HEADER.itemsize : HEADER.itemsize + rows * vector_bytes(self._width, wire)]
         if wire == BYTES:
             return data.reshape(rows, self._width).copy()

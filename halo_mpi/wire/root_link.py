@@ -8,7 +8,7 @@ import numpy as np
 
 from halo_mpi.wire.deadline import Deadline
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, ProtocolError, rows_text
+from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Kind, ProtocolError, rows_text
 from halo_mpi.wire.polling import Waiter
 
 KICKS_BEFORE_BACKOFF = 4
@@ -127,12 +127,13 @@ class RootLink:
 
     def announce(self, rank: int, plan: int, text: np.ndarray, epoch: int) -> None:
         """Start sending a worker what it will have under a plan, u8 [rows, width]."""
+        self.peers[rank].prepared = None
         self._mailbox.post([rank], Kind.PLAN, self.seq, x=text, epoch=epoch, plan=plan, wire=BYTES)
 
-    def probe_speed(self, rank: int, epoch: int) -> None:
+    def probe_speed(self, rank: int) -> None:
         """Ask a worker that has nothing to do to compute something."""
         self.peers[rank].probed_at = self.waiter.now()
-        self._mailbox.post([rank], Kind.PROBE, self.seq, epoch=epoch)
+        self._mailbox.post([rank], Kind.PROBE, self.seq)
 
     def poll(self) -> Iterator[Answer]:
         """The answers that have come, one worker's in the order of its requests."""
@@ -165,7 +166,8 @@ class RootLink:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
                 y = message.read().copy() if header["rows"] else NOTHING
-                yield Answer(rank, seq, y, int(header["lag"]) * TOOK_S, now - asked)
+                took = int(header["lag"])
+                yield Answer(rank, seq, y, took * TOOK_S if took < LONGEST_TOOK else now - asked, now - asked)
 
     def kick(self, rank: int) -> None:
         """Send the worker a kick if one is due."""

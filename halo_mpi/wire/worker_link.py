@@ -107,8 +107,9 @@ class WorkerLink:
         elif kind == Kind.KICK:
             self._mailbox.post([ROOT], Kind.KICK, self._done)
         elif kind != Kind.TRAILER:
-            self._epoch = int(header["epoch"])
-            self._oldest_useful = seq - int(header["lag"])
+            if kind != Kind.PROBE:
+                self._epoch = int(header["epoch"])
+                self._oldest_useful = seq - int(header["lag"])
             x = message.read()
             x = x if x.base is None else x.copy()
             place = (int(header[name]) for name in ("layer", "position", "epoch", "plan"))
