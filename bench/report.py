@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from bench import budget, estimates, load, placement, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
+from bench import budget, estimates, load, moving, placement, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -72,6 +72,7 @@ KINDS = {
     "stress": Kind("Stress", stress.table),
     "unstable": Kind("Bad devices", unstable.table),
     "placement": Kind("Placement", placement.table),
+    "moving": Kind("Moving work", moving.table),
     "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench import estimates, placement, report, scenes, stress, tradeoff, unstable
+from bench import estimates, moving, placement, report, scenes, stress, tradeoff, unstable
 from tests.test_bench import run_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -98,6 +98,25 @@ def test_ideal_shares_take_equally_long_and_leave_out_what_is_too_far():
     content["settings"] |= {"scenes": ["hot-pi"], "layers": 3}
     even, auto = placement.table(content).rows
     assert even[6] == "99.0" and auto[2] == "8 4 0" and auto[7] == "1.25" and auto[-1] == "0.62 (1 pair)"
+
+
+def test_a_move_is_timed_from_the_change_that_it_follows():
+    tpot_ms = [100.0] * 80 + [200.0] * 20 + [300.0] + [200.0] * 9 + [120.0] * 300
+    run = scored([], tpot_ms, scene="hot-later", way="moves")
+    events = [(0, "even shares by rank"), (95, "moving work, since"), (110, "moved: heads")]
+    run["report"] |= {"events": [{"token": token, "what": what} for token, what in events], "token_ids": [1, 2]}
+    assert moving.moves(run) == [(95, 110)] and moving.longest(run) == pytest.approx(1.5)
+    assert moving.adapted(run) == ["6.1", "-"]  # 80 x 0.1 s + 29 x 0.2 + 0.3 - 8 s
+    assert {name: set(times) for name, times in moving.phases(run).items()} == {
+        "before": {100.0}, "trouble": {120.0}, "after": {120.0},
+    }  # fmt: skip
+    other = scored([], [1.0], scene="hot-later", way="even")
+    other["report"]["token_ids"] = [1, 3, 4]
+    assert moving.same_text([run, run, other]) == ["token ids: the same, as far as both go, in 1 of 3 pairs of runs"]
+    content = tradeoff_content([run])
+    content["settings"] |= {"scenes": ["hot-later"], "ways": ["moves"]}
+    (row,) = moving.table(content).rows
+    assert row[3:6] == ["100", "120", "120"] and row[6:] == ["6.1 / -", "1", "1.50"]
 
 
 def test_links_flap_within_the_time_and_at_workers_only():
