@@ -48,12 +48,13 @@ def expected(reference, tokenizer):
 def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, expected, ranks, tmp_path):
     from tests.reference import same_until_uncertain
 
-    lines = [json.dumps({"id": number, "prompt": prompt}) for number, prompt in enumerate(PROMPTS)]
+    prompts = PROMPTS if ranks <= 4 else PROMPTS[:2]  # more ranks than cores take their time
+    lines = [json.dumps({"id": number, "prompt": prompt}) for number, prompt in enumerate(prompts)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     options = ("--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--max-tokens", TOKENS, "--ignore-eos")
     succeed(halo(ranks, "generate", "--model", smollm2("f32"), "--wire", "f32", *options, timeout=300))
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [result["id"] for result in results] == list(range(len(PROMPTS)))
+    assert [result["id"] for result in results] == list(range(len(prompts)))
     for result, (ids, margins) in zip(results, expected):
         assert len(result["token_ids"]) == TOKENS
         assert same_until_uncertain(result["token_ids"], ids, margins), PROMPTS[result["id"]]
