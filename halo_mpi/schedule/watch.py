@@ -10,7 +10,7 @@ from halo_mpi.schedule.shares import Work, with_cost
 
 LOOK_S = 0.4
 CHANGED, LATE_CHANGED = 0.15, 0.02  # of a device's time, and of its answers late: less is not looked into
-GAIN = 0.1  # of a token's time, for which work moves; shares become even again as soon as nothing is lost by it
+GAIN, LOSS = 0.1, 0.02  # of a token's time: for so much work moves; shares become even again if no more than that is lost by it
 ENOUGH = 1.2  # what the gains seen in successive looks must add up to: 3 looks if half of the time can be saved, 8 for little
 LEAST = 0.15  # that a look adds
 MOST_LOOKS = 3.0  # that one look counts for
@@ -82,7 +82,7 @@ class Watch:
         gone = [rank for rank, device in enumerate(cluster.devices) if _is_gone(device) and (heads[rank] or groups[rank])]
         if gone:
             return Target(advice, 0.0, f"rank {gone[0]} does not answer")
-        if gain > (0.0 if advice.chosen == "even" and not is_even else GAIN):
+        if gain > (-LOSS if advice.chosen == "even" and not is_even else GAIN):
             return Target(advice, gain, f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}")
         if unstable == self._unstable:
             return None
