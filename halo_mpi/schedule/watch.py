@@ -83,7 +83,8 @@ class Watch:
         if gone:
             return Target(advice, 0.0, f"rank {gone[0]} does not answer")
         if gain > (-LOSS if advice.chosen == "even" and not is_even else GAIN):
-            return Target(advice, gain, f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}")
+            saved = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}"
+            return Target(advice, gain, saved if gain > GAIN else "the devices are about alike again")
         if unstable == self._unstable:
             return None
         named = ", ".join(map(str, unstable))
