@@ -73,7 +73,7 @@ class Replacer:
         cluster = self._telemetry.cluster(self._crew.away_for(GONE_S))
         if target := self._watch.look(cluster, self._heads, self._groups, now):
             self._begin(cluster, target)
-        elif self._aim:  # it was given up halfway
+        elif self._aim and not self._crew.done_without():  # it was given up halfway
             self._move_to(self._aim, room(self._aim, self._config, cluster, self._work), "it was begun")
 
     def _begin(self, cluster: Cluster, target: Target) -> None:
@@ -84,6 +84,7 @@ class Replacer:
             plan = spared
         left = room(plan, self._config, cluster, self._work)
         if not changed_keys(self._plan, plan):
+            self._aim = None
             return
         if left is not None and left < 0:
             self._note("work stays where it is: some rank's memory would not hold its new part")
