@@ -29,7 +29,7 @@ modes = st.builds(
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
 examples = settings(
-    max_examples=15, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
+    max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
 )
 
 
