@@ -49,7 +49,7 @@ def test_parts_that_move_at_random_compute_the_same_where_packets_are_lost(deep,
     can("kernel")
     file, out = job(tmp_path, deep, "moves")
     scenario = scenario_file(tmp_path, "hosts = 4\nloss = 0.05\n")
-    done = laboratory.run("run", scenario, "--marks", *laboratory.program("moves.py", file), timeout=150)
+    done = laboratory.run("run", scenario, "--marks", "--", "python", "-m", "tests.programs.moves", file, timeout=150)
     assert done.returncode == 0, done.stderr
     assert is_the_same(out, still)
 
