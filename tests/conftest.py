@@ -61,6 +61,17 @@ def deep(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def expected(deep):
+    """The deep model's logits of the simulator's text, on a perfect wire and with nothing that moves."""
+    import torch
+
+    from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation
+
+    torch.set_grad_enabled(False)
+    return Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
+
+
+@pytest.fixture(scope="session")
 def calibrated(tmp_path_factory) -> Path:
     """The deep model, calibrated on the text that is shipped."""
     folder = tmp_path_factory.mktemp("calibrated")

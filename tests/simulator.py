@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from hypothesis import HealthCheck, Phase, settings
 
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
@@ -29,6 +30,15 @@ TICK_S = 2e-4
 STRICT = SyncOptions(mode="strict", wire="f32", late="defer", max_lag=4, quality=0.3, deadline_ms=1.0, kick_ms=1.0, outage_ms=300.0,
                      copies=False, trailer=False, tune_sockets=False, old_kernel=False, check=True,
                      calibration=True)  # fmt: skip
+RANKS, CONTEXT = 4, 48
+IDS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 10)]
+QUICK, NO_STALL = [[1e-4]] * RANKS, [[0.0]] * RANKS  # a perfect wire, and workers that are always at work
+
+
+def generated(examples: int) -> settings:
+    """Of a property test: so many examples, as they come, since each takes a second."""
+    phases = (Phase.explicit, Phase.generate)
+    return settings(max_examples=examples, deadline=None, phases=phases, suppress_health_check=list(HealthCheck))
 
 
 class Clock:

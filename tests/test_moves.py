@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halo_mpi.engine import mover
@@ -20,20 +19,11 @@ from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.placement import Change, Plan
 from halo_mpi.schedule.residence import reside
 from halo_mpi.wire.messages import Kind, Message
-from tests.simulator import STRICT, Simulation
-from tests.test_protocol import CONTEXT, IDS, NO_STALL, QUICK, RANKS, RELAXED, caches_are_complete, slow_links, stalls
+from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
+from tests.test_protocol import RELAXED, caches_are_complete, slow_links, stalls
 
 pytestmark = pytest.mark.timeout(300)
-examples = settings(
-    max_examples=6, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
-)
-
-
-@pytest.fixture(scope="module")
-def expected(deep) -> np.ndarray:
-    """Logits when nothing moves."""
-    torch.set_grad_enabled(False)
-    return Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
+examples = generated(6)
 
 
 def any_plan(simulation: Simulation, seed: int) -> Plan:

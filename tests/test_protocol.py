@@ -5,22 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halo_mpi.engine import crew
 from halo_mpi.engine.check import CheckError
 from halo_mpi.engine.crew import CREDIT
 from halo_mpi.model.llama import Share
-from tests.simulator import STRICT, Simulation
+from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
 
 pytestmark = pytest.mark.timeout(300)
-RANKS, CONTEXT = 4, 48
-IDS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 10)]
 RELAXED = replace(STRICT, mode="relaxed", quality=1.0)
-QUICK = [[1e-4]] * RANKS
-NO_STALL = [[0.0]] * RANKS
 delays = st.lists(st.sampled_from([0.0, 1e-4, 5e-4, 2e-3, 9e-3, 0.05, 0.4]), min_size=1, max_size=40)
 slow_links = st.lists(delays, min_size=RANKS, max_size=RANKS)
 stalls = st.lists(st.lists(st.sampled_from([0.0, 1e-4, 1e-3, 6e-3]), min_size=1, max_size=20), min_size=RANKS, max_size=RANKS)
@@ -28,16 +23,7 @@ modes = st.builds(
     lambda lag, quality, late, deadline: replace(RELAXED, max_lag=lag, quality=quality, late=late, deadline_ms=deadline),
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
-examples = settings(
-    max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck)
-)
-
-
-@pytest.fixture(scope="module")
-def expected(deep) -> np.ndarray:
-    """Logits on a perfect wire."""
-    torch.set_grad_enabled(False)
-    return Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
+examples = generated(12)
 
 
 def caches_are_complete(simulation: Simulation, rows: int) -> None:

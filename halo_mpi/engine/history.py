@@ -22,11 +22,10 @@ class AttentionInputs:
     They are kept, and sent again, in f32 if that is on the wire, else in f16.
     """
 
-    def __init__(self, layers: int, context: int, width: int, workers: list[list[int]], ranks: int, wire: str):
-        """`workers`: those that hold heads, by layer."""
+    def __init__(self, layers: int, context: int, width: int, ranks: int, wire: str):
         self._wire = "f32" if wire == "f32" else "f16"
         self._rows = torch.zeros(layers, context, width, dtype=torch.float32 if self._wire == "f32" else torch.float16)
-        self._workers = workers
+        self._workers: list[list[int]] = [[] for _ in range(layers)]  # that hold heads
         self._sent = {rank: np.zeros(layers, int) for rank in range(1, ranks)}  # rows, by layer
         self._row_bytes = width * self._rows.element_size()
         self._chunk = max(1, min(64, CHUNK_BYTES // self._row_bytes))
@@ -36,7 +35,7 @@ class AttentionInputs:
             sent[:] = 0
 
     def follow(self, workers: list[list[int]]) -> None:
-        """Others hold heads from now on."""
+        """These hold heads from now on, by layer."""
         self._workers = workers
 
     def keep(self, layer: int, position: int, normed: torch.Tensor, sent_to: list[int]) -> None:

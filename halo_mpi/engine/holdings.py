@@ -106,8 +106,7 @@ class Holdings:
         """Append K and V of the normed input x [T, D] at `position` to the cache that a layer will have."""
         coming = self._coming
         if coming and layer in coming.caches:
-            if 2 * layer in coming.parts:
-                coming.loader.need(coming.parts[2 * layer])
+            coming.loader.need(coming.parts[2 * layer])
             self.share.append(layer, x, position, (coming.layers[layer], coming.caches[layer]))
 
     def follow(self, plan: int) -> None:

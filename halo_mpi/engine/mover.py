@@ -99,10 +99,8 @@ class Mover:
     def _step(self) -> Plan:
         """The plan in force, with the next layers of what it shall be."""
         query, ffn, layers = self.plan.query.copy(), self.plan.ffn.copy(), 0
-        held, own = (
-            np.zeros(self._link.ranks, int),
-            [(self._aim.query_heads(r), self._aim.groups(r)) for r in range(self._link.ranks)],
-        )
+        held = np.zeros(self._link.ranks, int)
+        own = [(self._aim.query_heads(rank), self._aim.groups(rank)) for rank in range(self._link.ranks)]
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
             held += [self._bytes(heads[layer], groups[layer]) for heads, groups in own]
             if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):

@@ -9,7 +9,6 @@ import click
 import numpy as np
 import psutil
 
-from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.profile import measure_cluster
 from halo_mpi.engine.read_speed import read_gbps
@@ -17,8 +16,8 @@ from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
-from halo_mpi.schedule.moving import room
-from halo_mpi.schedule.placement import Plan, make_plan, without_ends
+from halo_mpi.schedule.moving import ends_spared
+from halo_mpi.schedule.placement import Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
 from halo_mpi.schedule.shown import as_json
 from halo_mpi.wire.exchange import broadcast, gather
@@ -77,9 +76,7 @@ def plan_run(session: Session) -> tuple[Plan, Basis | None]:
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
             basis = Basis(cluster, work, advice, available)
-            spared = without_ends(plan, advice.unstable, comm.size, available)
-            if (left := room(spared, config, cluster, work)) is None or left >= 0:
-                plan = spared
+            plan = ends_spared(plan, advice.unstable, config, cluster, work, available)
             session.scheduler = as_json(config, cluster, work, advice)
             _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
         return plan
@@ -90,13 +87,11 @@ def plan_run(session: Session) -> tuple[Plan, Basis | None]:
 
 def _root_extra(session: Session) -> int:
     """Bytes that relaxed mode, and attention inputs kept for a move, take on the root, at most."""
-    config, sync = session.config, session.run.sync
-    history = history_bytes(config.layers, session.context, config.hidden, sync.wire)
-    if sync.mode != "relaxed":
-        return history if session.moves else 0
+    if session.run.sync.mode != "relaxed":
+        return session.kept_bytes
+    config = session.config
     elsewhere = Plan("", np.ones((config.layers, config.heads), int), np.ones((config.layers, config.groups), int))
-    estimates = predictor_bytes(session.store, config, elsewhere, session.uses_calibration)
-    return history + estimates
+    return session.kept_bytes + predictor_bytes(session.store, config, elsewhere, session.uses_calibration)
 
 
 def _explain(session: Session, advice: Advice, shares: Shares) -> None:

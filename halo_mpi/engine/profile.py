@@ -17,6 +17,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights, Share, runs_of
 from halo_mpi.model.records import split_evenly
 from halo_mpi.schedule.cost import Cluster, Device
+from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.exchange import broadcast, gather
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
@@ -29,7 +30,6 @@ LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however
 HEAD_TIMES, GROUP_TIMES = 7, 5
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
 SLOW = 1.5  # times the usual computing
-LATE, LATE_MS = 2.0, 2.0  # times the usual latency, and so much on top
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
 

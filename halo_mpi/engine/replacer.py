@@ -9,8 +9,8 @@ from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.mover import Mover
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.moving import moved, room
-from halo_mpi.schedule.placement import Disks, Plan, changed_keys, without_ends
+from halo_mpi.schedule.moving import ends_spared, moved, room
+from halo_mpi.schedule.placement import Disks, Plan, changed_keys
 from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import Target, Watch
@@ -79,9 +79,7 @@ class Replacer:
     def _begin(self, cluster: Cluster, target: Target) -> None:
         shares, unstable = target.advice.shares, target.advice.unstable
         plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
-        spared = without_ends(plan, unstable, self._link.ranks, self._disks)
-        if (left := room(spared, self._config, cluster, self._work)) is None or left >= 0:
-            plan = spared
+        plan = ends_spared(plan, unstable, self._config, cluster, self._work, self._disks)
         left = room(plan, self._config, cluster, self._work)
         if not changed_keys(self._plan, plan):
             self._aim = None

@@ -52,7 +52,7 @@ class Root:
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
         history = None
         if link.workers and (moves or self._relaxed and any(workers_of(plan)[Kind.ATTENTION])):
-            history = AttentionInputs(config.layers, context, config.hidden, [], link.ranks, sync.wire)
+            history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire)
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None

@@ -80,11 +80,11 @@ class Session:
             self.event("weights loaded")
 
         self.connect()
-        self.moves = broadcast(self.comm, self._may_move() if self.is_root else None)
+        self.moves = self.is_root and self._may_move()
         try:
             self.plan, basis = plan_run(self)
             self.weights = Weights(self, loaded)
-            streams = broadcast(self.comm, any(gather(self.comm, self.weights.loader.residence.streamed_bytes)))
+            streams = any(gather(self.comm, self.weights.loader.residence.streamed_bytes))
             predictor = self.on_root(
                 lambda: make_predictor(self.store, self.config, self.plan, self.comm.size, self.uses_calibration)
             )
@@ -149,11 +149,19 @@ class Session:
             self.link.close()
         self.store.close()
 
+    @property
+    def kept_bytes(self) -> int:
+        """What the attention inputs take that the root keeps, for workers that were away and for moves."""
+        return self._history_bytes() if self.moves or self.run.sync.mode == "relaxed" else 0
+
+    def _history_bytes(self) -> int:
+        return history_bytes(self.config.layers, self.context, self.config.hidden, self.run.sync.wire)
+
     def _may_move(self) -> bool:
         """Whether work may move while text flows: the root has room for the attention inputs that caches are filled from then."""
         if not self.run.moves or self.run.placement != "auto" or self.comm.size == 1:
             return False
-        needed = history_bytes(self.config.layers, self.context, self.config.hidden, self.run.sync.wire)
+        needed = self._history_bytes()
         fits = needed <= HISTORY_PART * (self.run.memory or available_bytes())
         if not fits:
             self.event(

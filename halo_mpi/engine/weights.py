@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import psutil
 
 from halo_mpi.engine.agreement import AgreedError
-from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.predictor import predictor_bytes
@@ -41,8 +40,8 @@ class Weights:
         heads, groups = session.plan.query_heads(session.comm.rank), session.plan.groups(session.comm.rank)
         layers, parts = share_parts(store, config, heads, groups)
         trunk, beside, cache = trunk_bytes(config) if is_root else 0, 0, cache_bytes(config, heads, session.context)
-        if is_root and (run.sync.mode == "relaxed" or session.moves):
-            cache += history_bytes(config.layers, session.context, config.hidden, run.sync.wire)
+        if is_root:
+            cache += session.kept_bytes
         if is_root and run.sync.mode == "relaxed":
             beside = predictor_bytes(store, config, session.plan, session.uses_calibration)
         budget = None if run.memory is None else run.memory - beside - cache

@@ -7,7 +7,7 @@ import numpy as np
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.placement import Disks, Plan, order_of_heads
+from halo_mpi.schedule.placement import Disks, Plan, order_of_heads, without_ends
 from halo_mpi.schedule.work import Work
 
 
@@ -46,6 +46,13 @@ def room(plan: Plan, config: ModelConfig, cluster: Cluster, work: Work) -> int |
             own = device.memory - taken - (work.root_bytes if rank == 0 else 0)
             left = own if left is None else min(left, own)
     return left
+
+
+def ends_spared(plan: Plan, unstable: Sequence[int], config: ModelConfig, cluster: Cluster, work: Work, available: Disks) -> Plan:
+    """The plan with nothing of the first and the last layer on the `unstable`, if the others' memory holds that; else as it is."""
+    spared = without_ends(plan, unstable, len(cluster.devices), available)
+    left = room(spared, config, cluster, work)
+    return spared if left is None or left >= 0 else plan
 
 
 def _dealt_again(owner: np.ndarray, counts: Sequence[int], order: list[int], tiers: list[list[int]], disks: list[set[int]],

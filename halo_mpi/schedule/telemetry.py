@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from halo_mpi.schedule.cost import KINDS, Cluster, Device
+from halo_mpi.schedule.cost import KINDS, Cluster, Device, share_ms
 from halo_mpi.wire.messages import Kind
 
 RECENT_S, LONG_S = 1.0, 5.0  # of which tokens speed and link are told, and how often answers are late
 LEAST, MOST, ANSWERS = 2, 7, 100  # tokens within the first, and answers within the second, or it is made longer
 PROBE_LATE_MS = 6.0  # of a probe: who has nothing to do needs some ms to wake up, TCP at least 8 to repair a loss
 FORGIVEN_MS = 0.15  # of a request: what else runs on a device holds a small share up as long as a large one
-LATE, LATE_MS = 2.0, 2.0  # times the link's time at the start, and so much on top, as when it was measured
+LATE, LATE_MS = 2.0, 2.0  # times the usual time, and so much on top
 LINK_GREW, LINK_GREW_MS = 1.5, 0.5  # the same of a link that has become slower: less is noise
 
 
@@ -50,7 +50,7 @@ class Telemetry:
     def computed(self, rank: int, kind: Kind, part: float, ms: float) -> None:
         """A device took so long to compute its part of a sync, its share of the layer's work."""
         token, device = self._now[rank], self._first.devices[rank]
-        usual_ms = device.fixed_ms + part * device.whole_ms(kind)
+        usual_ms = share_ms(device, kind, part, is_root=True)  # its link is judged apart
         token.took_ms[kind] += ms - min(max(0.0, ms - usual_ms), FORGIVEN_MS)
         token.usual_ms[kind] += usual_ms
 
