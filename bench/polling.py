@@ -61,7 +61,7 @@ def measure(comm: MPI.Comm, yield_s: float, syncs: int, work_ms: float) -> list[
             missing -= len(list(link.poll()))
             link.waiter.wait()
         times.append((time.perf_counter() - begin) * 1e3)
-    link.stop()
+    link.stop(set())
     return times
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.sampling import require_finite
@@ -33,7 +34,7 @@ EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smoll
 @click.pass_obj
 def evaluate(
     comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None, top1: Path | None
-) -> None:
+) -> Ending:
     """Teacher-forced perplexity of a text.
 
     The text is tokenized without special tokens and cut into consecutive windows of --context tokens. The first token of
@@ -59,7 +60,7 @@ def evaluate(
     if not session.is_root:
         session.serve()
         session.finish()
-        return
+        return session.ending
     scores, likeliest, tpot_ms = [], [], []
     session.marks.begin()
     with session.monitor:
@@ -85,6 +86,7 @@ def evaluate(
         _save(top1, np.array(likeliest, np.int32))
     if run.report:
         write_report(run.report, report)
+    return session.ending
 
 
 def _log_probability(logits: np.ndarray, token: int) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.sampling import Sampling
@@ -51,7 +52,7 @@ EXAMPLE = (
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, max_seconds: float | None, seed: int | None, **options) -> None:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, **options) -> Ending:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
     The text goes to standard output as it is written, everything else to standard error.
@@ -87,7 +88,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     if not session.is_root:
         session.serve()
         session.finish()
-        return
+        return session.ending
     completions = []
     show = _hide if results else session.monitor.above(_show)
     session.marks.begin()
@@ -112,6 +113,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     _summarize(report, len(completions))
     if run.report:
         write_report(run.report, report)
+    return session.ending
 
 
 def _show(text: str) -> None:

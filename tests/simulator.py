@@ -15,6 +15,7 @@ from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.holdings import Holdings
+from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.root import Root
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
@@ -28,6 +29,7 @@ from halo_mpi.wire.worker_link import WorkerLink
 
 TICK_S = 2e-4
 STRICT = SyncOptions(mode="strict", wire="f32", late="defer", max_lag=4, quality=0.3, deadline_ms=1.0, kick_ms=1.0, outage_ms=300.0,
+                     takeover_ms=0.0,
                      copies=False, trailer=False, tune_sockets=False, old_kernel=False, check=True,
                      calibration=True)  # fmt: skip
 RANKS, CONTEXT = 4, 48
@@ -69,19 +71,29 @@ class Box:
         self.rank = 0
         self._arriving: dict[int, deque] = {}
         self.most_waiting = 0
+        self.width, self.ended, self._held_until = width, set(), 0.0
 
     def post(self, peers, kind, seq, layer=0, position=0, x=None, epoch=0, lag=0, plan=0, wire=None) -> None:
         for peer in peers:
             message = Message(*self._shape)
             message.write(seq, kind, layer, position, x, wire or "f32", epoch, lag, plan)
             quick = kind in (Kind.PING, Kind.STOP)
-            self.peers[peer].deliver(self.rank, message, 0.0 if quick else next(self.delays))
+            delay_s = 0.0 if quick else next(self.delays)
+            self.peers[peer].deliver(self.rank, message, max(self._clock.now() + delay_s, self._held_until))
 
-    def deliver(self, sender: int, message: Message, delay_s: float) -> None:
+    def deliver(self, sender: int, message: Message, at: float) -> None:
         line = self._arriving.setdefault(sender, deque())
         after = line[-1][0] if line else 0.0
-        line.append((max(after, self._clock.now() + delay_s), message))
+        line.append((max(after, at), message))
         self.most_waiting = max(self.most_waiting, len(line))
+
+    def held_up(self, seconds: float) -> None:
+        """What was sent, and is sent, from here comes after so long."""
+        self._held_until = self._clock.now() + seconds
+        for peer in self.peers.values():
+            line = peer._arriving.setdefault(self.rank, deque())
+            for index, (at, message) in enumerate(line):
+                line[index] = (max(at, self._held_until), message)
 
     def poll(self) -> Iterator[tuple[int, Message]]:
         for sender, line in self._arriving.items():
@@ -103,7 +115,7 @@ class Simulation:
         delays: list[list[float]],
         stalls: list[list[float]],
         context: int,
-        moves: bool = False,
+        keeps: bool | None = None,
     ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
@@ -128,9 +140,13 @@ class Simulation:
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
         trunk = load_trunk(store, config)
-        self.root = Root(
-            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor, None, moves
+        keeps = sync.mode == "relaxed" if keeps is None else keeps
+        self.root = root = Root(
+            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor, None, keeps
         )
+        if sync.takeover_ms:
+            silent_s = sync.takeover_ms / 1e3
+            root.rescue = Rescue(disks, silent_s, root.crew, root.mover, link, self.notes.append, lambda phase: None)
         self.store = store
 
     def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
@@ -142,6 +158,16 @@ class Simulation:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""
         first = [self.root.prefill(ids[:prefill])] if prefill else []
         return np.stack(first + [self.root.step(token, position) for position, token in enumerate(ids) if position >= prefill])
+
+    def end(self, rank: int) -> None:
+        """A worker's process ends now."""
+        self.boxes[0].ended.add(rank)
+        self.cut_off(rank)
+
+    def cut_off(self, rank: int, seconds: float = 1e9) -> None:
+        """Nothing goes to this worker, nor comes from it, for so long."""
+        self.boxes[rank].held_up(seconds)
+        self.boxes[0].peers[rank].box.held_up(seconds)
 
     def settle(self, seconds: float = 1.0) -> None:
         """Let everything arrive that is under way, and be done."""
@@ -155,10 +181,10 @@ class _Direction:
     """The way from the root to one worker."""
 
     def __init__(self, box: Box, rank: int):
-        self._box, self._rank = box, rank
+        self.box, self._rank = box, rank
 
     def post(self, *message, **fields) -> None:
-        self._box.post([self._rank], *message, **fields)
+        self.box.post([self._rank], *message, **fields)
 
 
 class _RootBox:
@@ -166,7 +192,7 @@ class _RootBox:
 
     def __init__(self, box: Box):
         self._box = box
-        self.poll, self.close = box.poll, box.close
+        self.poll, self.close, self.width, self.ended = box.poll, box.close, box.width, box.ended
 
     def post(self, peers, *message, **fields) -> None:
         for peer in peers:

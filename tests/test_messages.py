@@ -81,7 +81,7 @@ def test_every_field_of_the_header_survives():
 def test_a_text_arrives_as_it_was_sent_and_one_that_is_too_long_is_cut(width):
     sender, receiver = Message(4, width), Message(4, width)
     for text in ("", "é", "x" * 3 * width, "y" * 99 * width):
-        data = sender.write(1, Kind.PLAN, x=text_rows(text, width, 4), wire="bytes")
+        data = sender.write(1, Kind.PLAN, x=text_rows(text, width), wire="bytes")
         receiver.buffer[: len(data)] = data
         assert rows_text(receiver.read()) == text[: 4 * width]
 

@@ -62,7 +62,7 @@ def is_held(simulation: Simulation, plan: Plan) -> bool:
     st.integers(0, 4),
 )
 def test_moving_parts_at_random_changes_nothing_but_the_rounding(deep, expected, delays, stalls, seeds, step_bytes, prefill):
-    simulation = Simulation(deep, RANKS, STRICT, delays, stalls, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, delays, stalls, CONTEXT, keeps=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mover, "STEP_BYTES", step_bytes)
         for seed in seeds:
@@ -81,7 +81,7 @@ def test_moving_parts_at_random_changes_nothing_but_the_rounding(deep, expected,
 @examples
 @given(slow_links, stalls, st.integers(0, 99), st.sampled_from([0.3, 1.0]))
 def test_what_moves_while_answers_are_late_is_accounted_for(deep, delays, stalls, seed, quality):
-    simulation = Simulation(deep, RANKS, replace(RELAXED, quality=quality), delays, stalls, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, replace(RELAXED, quality=quality), delays, stalls, CONTEXT, keeps=True)
     simulation.root.mover.aim_at(any_plan(simulation, seed))
     for ids in (IDS, IDS[::-1]):
         assert np.isfinite(simulation.text(ids, 2)).all()
@@ -96,7 +96,7 @@ def test_a_text_is_the_same_before_during_and_after_a_move(deep):
     still = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT)
     ids = IDS * 3
     wanted = still.text(ids, 0)
-    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     logits, plans = [], []
     for position, token in enumerate(ids):
         if simulation.root.mover.idle:
@@ -113,7 +113,7 @@ def test_a_step_is_small_and_a_portion_too(deep, monkeypatch):
     monkeypatch.setattr(mover, "FIRST_BYTES", 1)
     monkeypatch.setattr(mover, "PORTION_BYTES", 1)
     monkeypatch.setattr(mover, "MOST_BYTES", 256)
-    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     simulation.text(IDS[:5], 0)
     plan = Plan("any", (simulation.root.mover.plan.query + 1) % RANKS, simulation.root.mover.plan.ffn)
     simulation.root.mover.aim_at(plan)
@@ -124,7 +124,7 @@ def test_a_step_is_small_and_a_portion_too(deep, monkeypatch):
 
 
 def test_a_worker_that_cannot_load_its_part_keeps_everything_where_it_is(deep, monkeypatch):
-    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     wanted, before = simulation.text(IDS, 0), simulation.root.mover.plan
     read = simulation.store.read
 
@@ -143,7 +143,7 @@ def test_a_worker_that_cannot_load_its_part_keeps_everything_where_it_is(deep, m
 
 def test_nobody_gets_anything_who_is_away(deep):
     cut = [[1e-4]] * 3 + [[1e-4] * 30 + [1e6]]
-    simulation = Simulation(deep, RANKS, RELAXED, cut, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, RELAXED, cut, NO_STALL, CONTEXT, keeps=True)
     simulation.text(IDS * 3, 0)
     assert simulation.root.crew.state(3) == "suspended"
     plan = simulation.root.mover.plan
@@ -163,7 +163,7 @@ def test_nobody_gets_anything_who_is_away(deep):
 
 
 def test_a_request_of_an_unknown_plan_is_an_error(deep):
-    simulation = Simulation(deep, 2, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, 2, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     with pytest.raises(HaloError, match="plan 7, of which this rank was not told"):
         simulation.holdings[1].follow(7)
 
@@ -175,7 +175,7 @@ def test_changes_survive_the_wire():
 
 
 def test_old_weights_are_let_go_of(deep):
-    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     held = simulation.holdings[1]
     store, config = simulation.store, simulation.config
     layers, parts = share_parts(store, config, held.heads, held.groups)
@@ -197,7 +197,7 @@ def test_old_weights_are_let_go_of(deep):
 
 @pytest.mark.parametrize("wire", ["f32", "f16", "q8"])
 def test_a_worker_without_work_tells_how_fast_it_is_and_does_not_forget_the_text(deep, wire):
-    simulation = Simulation(deep, 2, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, 2, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     worker, link = simulation.workers[1]._link, simulation.root._link
     epoch = worker._epoch
     message = Message(4, simulation.config.hidden)
@@ -211,7 +211,7 @@ def test_a_worker_without_work_tells_how_fast_it_is_and_does_not_forget_the_text
 
 
 def test_a_root_that_cannot_load_its_part_keeps_everything_where_it_is(deep, monkeypatch):
-    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, moves=True)
+    simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     before, prepare = simulation.root.mover.plan, simulation.holdings[0].prepare
 
     def fail(plan, changes, also):

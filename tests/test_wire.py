@@ -190,12 +190,17 @@ def test_without_kicks_there_are_none():
 class Request:
     """Stands in for a persistent receive."""
 
-    def __init__(self, line: "Line", buffer: np.ndarray):
-        self.line, self.buffer, self.done, self.size = line, buffer, False, 0
+    def __init__(self, line: "Line", buffer: np.ndarray, peer: int):
+        self.line, self.buffer, self.done, self.size, self.peer = line, buffer, False, 0, peer
 
     def Start(self):
         self.done = False
         self.line.started.append(self)
+
+    def Test(self):
+        if self.peer in self.line.ended:
+            raise Ended
+        return self.done
 
 
 class Line:
@@ -203,9 +208,10 @@ class Line:
 
     def __init__(self):
         self.started = deque()
+        self.ended = set()
 
     def Recv_init(self, buffer, peer, tag):
-        return Request(self, buffer[0])
+        return Request(self, buffer[0], peer)
 
     def arrive(self, seq: int, kind: Kind, rows: int, receive: int = 0) -> None:
         request, message = self.started[receive], Message(4, 8)
@@ -215,9 +221,19 @@ class Line:
         request.done, request.size = True, data.size
 
 
+class Ended(Exception):
+    """Stands in for MPI's exception."""
+
+
 def some_done(requests, statuses):
-    done = [index for index, request in enumerate(requests) if request.done]
-    statuses.extend(SimpleNamespace(Get_count=lambda _, size=requests[index].size: size) for index in done)
+    """As ULFM does it: of all that are complete, failed ones included, the statuses; where some failed, not which they are."""
+    live = [request for request in requests if request]
+    failed = [request for request in live if request.peer in request.line.ended]
+    for request in [each for each in live if each.done or each in failed]:
+        statuses.append(SimpleNamespace(Get_count=lambda _, size=request.size: size, source=request.peer, error=request in failed))
+    if failed:
+        raise Ended
+    done = [index for index, request in enumerate(requests) if request and request.done]
     for index in done:
         requests[index].done = False
     return done
@@ -227,8 +243,9 @@ def some_done(requests, statuses):
 def lines(monkeypatch) -> list[Line]:
     startall = SimpleNamespace(Startall=lambda requests: [request.Start() for request in requests])
     fake = SimpleNamespace(
-        Request=SimpleNamespace(Testsome=some_done, Testall=lambda requests: False), Prequest=startall, BYTE=None
-    )
+        Request=SimpleNamespace(Testsome=some_done, Testall=lambda requests: False), Prequest=startall, BYTE=None,
+        Exception=Ended, REQUEST_NULL=None,
+    )  # fmt: skip
     monkeypatch.setattr(mailbox, "MPI", fake)
     return [Line(), Line()]
 
@@ -252,6 +269,15 @@ def test_a_small_message_does_not_overtake_a_large_one(lines):
     assert received(box) == []
     lines[0].arrive(0, Kind.FFN, 4)
     assert received(box) == [0, 1, 2]
+
+
+def test_a_peer_that_has_ended_is_told_and_what_others_sent_meanwhile_is_not_lost(lines):
+    box = mailbox.Mailbox(lines[0], [1, 2], 4, 8, "f32")
+    lines[0].arrive(0, Kind.FFN, 1)
+    lines[0].ended.add(2)
+    assert received(box) == [0] and box.ended == {2}
+    lines[0].arrive(1, Kind.FFN, 1, receive=next(i for i, each in enumerate(lines[0].started) if each.peer == 1))
+    assert received(box) == [1], "as if the other had never been"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -278,8 +304,8 @@ def sent(lines) -> list[tuple[int, int, bytes]]:
     """Line, peer and data of every message that is sent."""
     found = []
     for number, line in enumerate(lines):
-        line.Send_init = lambda data, peer, tag, number=number: found.append((number, peer, bytes(data[0])))
-    mailbox.MPI.Prequest.Startall = lambda requests: None
+        start = lambda *sent: SimpleNamespace(Start=lambda: found.append(sent))  # noqa: E731
+        line.Send_init = lambda data, peer, tag, number=number, start=start: start(number, peer, bytes(data[0]))
     return found
 
 

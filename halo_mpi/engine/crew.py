@@ -8,6 +8,9 @@ any     --> away       `CREDIT` syncs ago was the last request that it has done,
                        asked any more
 away    --> present    heard again, and sent every attention input that it missed; not before `PAUSE_S` if it was too slow, and twice as
                        long the next time
+any     --> lost       its process has ended, or it says or shows that it cannot do its part: not asked any more in this run
+
+Whoever is lost, or not there and silent, is gone: others have to do its work.
 """
 
 import math
@@ -58,6 +61,10 @@ def workers_of(plan: Plan) -> dict[Kind, list[list[int]]]:
     return {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
 
 
+class WorkersGone(Exception):
+    """Workers without whom the root cannot go on are gone; their work must be done by others, and the token again."""
+
+
 class Crew:
     """`history`: keeps what attention workers that were away, or get other heads, must be sent; None: nobody ever is or does."""
 
@@ -65,6 +72,7 @@ class Crew:
         self._link, self._outage_s, self._note = link, outage_s, note
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
+        self._lost: dict[int, str] = {}  # as the report has it
         self._patience = {rank: Patience() for rank in link.workers}
         self.history = history
         self.follow(plan)
@@ -92,13 +100,44 @@ class Crew:
         """Those of the workers that have as many requests before them as they may have."""
         return {rank for rank in workers if self._link.unanswered(rank) >= CREDIT}
 
-    def silent(self, workers: set[int], now: float) -> set[int]:
-        """Those of the workers that said nothing for so long that the root should do without them."""
+    def silent(self, workers: set[int], now: float, limit_s: float | None = None) -> set[int]:
+        """Those of the workers that said nothing for `outage_s`, or the limit given, and twice their usual time."""
+        limit_s = self._outage_s if limit_s is None else limit_s
         return {
             rank
             for rank in workers
-            if now - self._waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
+            if now - self._waiting_since(rank, now) > limit_s + 2 * self._link.peers[rank].deadline.usual_s
         }
+
+    def paused(self, seconds: float) -> None:
+        """This process itself was stopped for so long: nobody else was silent meanwhile."""
+        for peer in self._link.peers.values():
+            peer.heard_at += seconds
+
+    def notice(self) -> set[int]:
+        """Workers that are lost since the last call."""
+        link, known = self._link, self._lost.keys()
+        if not link.ended and not link.failures:
+            return set()
+        new = {rank: ("lost", "its process has ended") for rank in link.ended - known}
+        new |= {rank: ("suspended", why) for rank, why in link.failures.items() if rank not in known and rank not in new}
+        for rank, (state, why) in new.items():
+            self._lost[rank] = state
+            self._left_at.setdefault(rank, link.waiter.now())
+            self._away.add(rank)
+            link.excuse(rank)
+            self._note(f"rank {rank} is {state}: {why}")
+        return set(new)
+
+    def lost(self) -> set[int]:
+        """Workers that do nothing any more in this run."""
+        return set(self._lost)
+
+    def gone(self, seconds: float = 0.0) -> set[int]:
+        """Workers that are lost, and those the root has done without for so long and that were not heard since."""
+        now, peers = self._link.waiter.now(), self._link.peers
+        silent = {rank for rank, left_at in self._left_at.items() if peers[rank].heard_at <= left_at <= now - seconds}
+        return silent | self.lost()
 
     def too_slow(self, workers: set[int], seconds: float, now: float) -> set[int]:
         """The root waited so long for these; those of them for whom it lately waited too long, and much longer than for most.
@@ -134,13 +173,13 @@ class Crew:
         return rank in self._left_at
 
     def away_for(self, seconds: float) -> set[int]:
-        """The workers that have been behind or away for so long."""
+        """The workers that are lost, and those that have been behind or away for so long."""
         now = self._link.waiter.now()
-        return {rank for rank, left_at in self._left_at.items() if now - left_at >= seconds}
+        return {rank for rank, left_at in self._left_at.items() if rank in self._lost or now - left_at >= seconds}
 
     def state(self, rank: int) -> str:
         """As the report has it."""
-        return "suspended" if rank in self._left_at else "ok"
+        return self._lost.get(rank, "suspended" if rank in self._left_at else "ok")
 
     def state_now(self, rank: int) -> str:
         """The same, and "suspect" for a worker that missed a deadline and was not heard since."""
@@ -162,12 +201,15 @@ class Crew:
         peer = self._link.peers[rank]
         return max(peer.heard_at, next(iter(peer.asked_at.values()), now))
 
-    def begin_text(self) -> None:
-        """A new text: nobody lacks anything of it."""
-        for rank in self._left_at:
+    def begin_text(self, wait_for_all: bool) -> None:
+        """A new text: nobody lacks anything of it. Whoever is gone stays so; but who is silent, if all are to be waited for."""
+        for rank in self._left_at.keys() - (self.lost() if wait_for_all else self.gone()):
             self._link.judge(rank)
-        self._left_at.clear()
-        self._away.clear()
+            del self._left_at[rank]
+            self._away.discard(rank)
+
+    def forget_text(self) -> None:
+        """The caches are filled anew, from the text's first token on."""
         if self.history:
             self.history.begin_text()
 
@@ -179,7 +221,7 @@ class Crew:
         """Before the attention of a layer: who is heard again is present, after it was sent what it missed."""
         for rank in list(self._left_at):
             peer = self._link.peers[rank]
-            if peer.heard_at <= self._left_at[rank]:
+            if rank in self._lost or peer.heard_at <= self._left_at[rank]:
                 continue
             if rank in self._away:
                 if peer.kicks_in_flight or peer.replays or self._link.waiter.now() < self._patience[rank].not_before:

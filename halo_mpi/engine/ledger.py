@@ -41,6 +41,10 @@ class Ledger:
         self.substituted += 1
         self.substituted_of[rank] += 1
 
+    def give_up_token(self) -> None:
+        """What was asked for and did not come does not count: the token is computed again."""
+        self.asked = self.partial_sums
+
     def late_rate(self, rank: int) -> float:
         """The share of a worker's partial sums that came after the deadline, or never."""
         return self.late[rank] / max(1, self.asked_of[rank])

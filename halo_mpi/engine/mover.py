@@ -10,6 +10,7 @@ away loses what it loses without being asked; nobody gets anything who is away.
 """
 
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -21,27 +22,36 @@ from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import attention_shapes, cache_bytes, ffn_shapes, shape_bytes
 from halo_mpi.schedule.placement import Change, Plan, changed_keys
-from halo_mpi.wire.messages import PLANS, rows_text, text_rows
+from halo_mpi.wire.messages import PLANS, TEXT_ROWS, rows_text, text_rows
 from halo_mpi.wire.root_link import RootLink
 
 STEP_BYTES = 48 * 2**20  # of matrices and cache that a rank holds twice, at most, if one layer's are not more
 PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2 * 2**20  # of attention inputs, before a token
 FIRST_BYTES = 128 * 2**10
+AT_ONCE_BYTES = 8 * 2**20  # the same, while everybody waits for them
 SHORT, LONG = 0.1, 0.3  # of a token's time that a portion may take: below it grows, above it shrinks
 FASTER = 4  # rows, at least, for each that a token adds
-TEXT_ROWS, ENTRY_BYTES = 64, 4  # of what a worker is told, at most; for a head or group, and as much for what is around them
+ENTRY_BYTES = 4  # of what a worker is told, for a head or group; and as much for what is around them
 
 
 def to_rows(plan: int, changes: dict[int, Change], width: int) -> np.ndarray:
     """The number of the plan in force, and what a worker will have otherwise under the next one, as u8 [rows, width]."""
     layers = {layer: [own.heads, own.groups] for layer, own in changes.items()}
-    return text_rows(json.dumps({"plan": plan, "layers": layers}, separators=(",", ":")), width, TEXT_ROWS)
+    return text_rows(json.dumps({"plan": plan, "layers": layers}, separators=(",", ":")), width)
 
 
 def from_rows(rows: np.ndarray) -> tuple[int, dict[int, Change]]:
     """The same again."""
     told = json.loads(rows_text(rows))
     return told["plan"], {int(layer): Change(*own) for layer, own in told["layers"].items()}
+
+
+class Refused(HaloError):
+    """A rank cannot load what it was to have."""
+
+    def __init__(self, rank: int, why: str):
+        super().__init__(f"rank {rank}: {why}" if rank else why)
+        self.rank = rank
 
 
 class Mover:
@@ -60,7 +70,7 @@ class Mover:
         self._aim: Plan | None = None
         self._next: Plan | None = None  # of which the step under way is told
         self._refilled: dict[tuple[int, int], int] = {}  # rows, by (rank, layer), of caches that are being filled
-        self._portion, self._sent_at = FIRST_BYTES, 0.0
+        self._portion, self._sent_at, self._own_s = FIRST_BYTES, 0.0, 0.0  # when it was sent, what the root took for its own
         self.may_move = True
         self._text_bytes = ENTRY_BYTES * (config.heads + config.groups + 4)
 
@@ -78,16 +88,18 @@ class Mover:
         if self._aim is None:
             return
         self._epoch = epoch
+        try:
+            self._go_on(position)
+        except Refused as error:
+            self._give_up(str(error), for_good=True)
+
+    def _go_on(self, position: int) -> None:
         if self._next is None:
             self._announce(self._step())
             return
         if position == 0:
             self._refilled = dict.fromkeys(self._refilled, 0)
-        try:
-            prepared = self._is_prepared()
-        except HaloError as error:
-            self._give_up(str(error), for_good=True)
-            return
+        prepared = self._is_prepared()
         away = [rank for rank in self._gainers if rank and self._crew.does_without(rank)]
         if away:
             self._give_up(f"rank {away[0]} does not answer")
@@ -95,6 +107,28 @@ class Mover:
             self._switch()
             if self._aim is not None:
                 self._announce(self._step())
+
+    def begin_at_once(self, plan: Plan, epoch: int) -> None:
+        """Make this the plan before anything else is computed: to be gone on with until done. Raises Refused."""
+        self._aim, self._step_bytes, self._epoch = plan, STEP_BYTES, epoch
+        self._announce(self._step())
+
+    def go_on_at_once(self, position: int) -> set[int]:
+        """The same, between two looks at the messages; the ranks that are waited for, none if it is done. Raises Refused.
+
+        Without attention inputs that were kept, the new caches stay empty.
+        """
+        while self._is_prepared() and (self._crew.history is None or self._refill_at_once(position)):
+            self._switch()
+            if self._aim is None:
+                return set()
+            self._announce(self._step())
+        return {rank for rank in self._changing if rank and not self._crew.does_without(rank)}
+
+    def forget(self) -> None:
+        """Stay with the plan that is in force; let everybody forget what it was told."""
+        self._announce(self.plan)
+        self._aim = self._next = None
 
     def _step(self) -> Plan:
         """The plan in force, with the next layers of what it shall be."""
@@ -132,16 +166,19 @@ class Mover:
         try:
             self._holdings.prepare(self._told, changes[0], lambda: self._predictor.load(plan))
         except HaloError as error:
-            self._give_up(str(error), for_good=True)
+            raise Refused(0, str(error)) from error
 
     def _is_prepared(self) -> bool:
-        """Whether everybody who is there has loaded what changes. Raises HaloError if somebody cannot."""
-        if not self._holdings.is_prepared(self._told):
-            return False
+        """Whether everybody who is there has loaded what changes. Raises Refused if somebody cannot."""
+        try:
+            if not self._holdings.is_prepared(self._told):
+                return False
+        except HaloError as error:
+            raise Refused(0, str(error)) from error
         for rank in self._changing - {0}:
             peer = self._link.peers[rank]
             if peer.prepared == self._told and peer.refusal:
-                raise HaloError(f"rank {rank}: {peer.refusal}")
+                raise Refused(rank, peer.refusal)
             if peer.prepared != self._told and not self._crew.does_without(rank):
                 return False
         return True
@@ -149,7 +186,8 @@ class Mover:
     def _refill(self, position: int) -> bool:
         """Send some rows for caches that are being filled; whether nothing is lacking then."""
         now, peers = self._link.waiter.now(), [self._link.peers[rank] for rank, _ in self._refilled if rank]
-        took_s, token_s = max((peer.replayed_at for peer in peers), default=0.0) - self._sent_at, now - self._sent_at
+        took_s = max([self._own_s, *(peer.replayed_at - self._sent_at for peer in peers)])
+        token_s = now - self._sent_at
         if any(peer.replays for peer in peers):
             self._portion = max(PORTION_BYTES, self._portion // 2)
             return False
@@ -157,8 +195,21 @@ class Mover:
             self._portion = max(PORTION_BYTES, self._portion // 2)
         elif 0 < took_s < SHORT * token_s:
             self._portion = min(MOST_BYTES, 2 * self._portion)
+        self._sent_at = now
+        return self._send_rows(position, self._portion, FASTER * len(self._refilled))
+
+    def _refill_at_once(self, position: int) -> bool:
+        """The same, as fast as it can be done."""
+        peers = [self._link.peers[rank] for rank in {rank for rank, _ in self._refilled} if rank]
+        if any(peer.replays for peer in peers):
+            return False
+        return self._send_rows(position, AT_ONCE_BYTES, 1) and not any(peer.replays for peer in peers)
+
+    def _send_rows(self, position: int, size: int, least: int) -> bool:
+        """Send rows of that size, and at least so many, for caches that are being filled; whether nothing is lacking then."""
+        self._own_s = 0.0
         history, lacking = self._crew.history, [key for key, rows in self._refilled.items() if rows < position]
-        left = max(history.portion(self._portion), FASTER * len(self._refilled)) if lacking else 0
+        left = max(history.portion(size), least) if lacking else 0
         for rank, layer in lacking:
             start = self._refilled[rank, layer]
             end = min(position, start + left)
@@ -167,10 +218,11 @@ class Mover:
             if rank:
                 history.refill(self._link, rank, layer, start, end, self._epoch, self._told)
             else:
+                begin = time.perf_counter()
                 self._holdings.refill(layer, history.rows(layer, start, end), start)
+                self._own_s += time.perf_counter() - begin
             self._refilled[rank, layer] = end
             left -= end - start
-        self._sent_at = now
         return all(rows >= position for rows in self._refilled.values())
 
     def _switch(self) -> None:
@@ -185,6 +237,5 @@ class Mover:
     def _give_up(self, why: str, for_good: bool = False) -> None:
         """Stay with the plan that is in force; let everybody forget what it was told."""
         self.may_move = self.may_move and not for_good
-        self._announce(self.plan)
-        self._aim = self._next = None
+        self.forget()
         self._note(f"work stays where it is: {why}")

@@ -80,6 +80,10 @@ class OpenSums:
             self._ledger.substitute(rank)
         return final
 
+    def abandon(self) -> None:
+        """The token is given up: nothing of it counts."""
+        self._open.clear()
+
     def begin_token(self) -> None:
         self._inexact = 0.0
 

@@ -38,6 +38,7 @@ class SyncOptions:
     deadline_ms: float | None  # None: learned
     kick_ms: float  # 0: never
     outage_ms: float
+    takeover_ms: float  # 0: never
     copies: bool
     trailer: bool
     tune_sockets: bool
@@ -102,6 +103,9 @@ _OPTIONS = (
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
     click.option("--outage-ms", type=Finite(1), default=300.0, show_default=True,
                  help="relaxed: how long a worker may be silent before the root goes on without it, if --quality allows."),
+    click.option("--takeover-ms", type=Finite(0), default=1000.0, show_default=True,
+                 help="How long a worker that must answer may be silent before others take its work over, and the token is computed again. "
+                      "One whose process has ended is not waited for. 0: wait for ever."),
     click.option("--copies/--no-copies", default=True, show_default=True,
                  help="Send every small message to another host twice, over two TCP connections, so that it is late only if both are "
                       "lost (Open MPI)."),

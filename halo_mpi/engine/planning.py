@@ -17,7 +17,7 @@ from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
 from halo_mpi.schedule.moving import ends_spared
-from halo_mpi.schedule.placement import Plan, make_plan
+from halo_mpi.schedule.placement import Disks, Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
 from halo_mpi.schedule.shown import as_json
 from halo_mpi.wire.exchange import broadcast, gather
@@ -53,13 +53,13 @@ class Basis:
     cluster: Cluster
     work: Work
     advice: Advice
-    disks: list[dict[str, set[int]]]
 
 
-def plan_run(session: Session) -> tuple[Plan, Basis | None]:
-    """The plan that `--placement` asks for (collective)."""
+def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
+    """The plan that `--placement` asks for (collective), and on the root what the ranks' disks hold, and the plan's basis."""
     comm, config, wanted = session.comm, session.config, session.run.placement
     disks = gather(comm, {table: sorted(session.store.entries(table)) for table in ("query", "ffn")})
+    available = [{table: set(entries) for table, entries in disk.items()} for disk in disks]
     cluster = measure(session) if wanted == "auto" and comm.size > 1 else None
 
     basis: Basis | None = None
@@ -72,17 +72,16 @@ def plan_run(session: Session) -> tuple[Plan, Basis | None]:
             advice = advise(cluster, work, bool(found)) if cluster else None
         except MemoryBudgetError:
             advice = None  # the check of memory says what is lacking, of even shares
-        available = [{table: set(entries) for table, entries in disk.items()} for disk in disks]
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
-            basis = Basis(cluster, work, advice, available)
+            basis = Basis(cluster, work, advice)
             plan = ends_spared(plan, advice.unstable, config, cluster, work, available)
             session.scheduler = as_json(config, cluster, work, advice)
             _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
         return plan
 
     plan = session.on_root(decide)
-    return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None)), basis
+    return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None)), available, basis
 
 
 def _root_extra(session: Session) -> int:

@@ -68,9 +68,11 @@ class Replacer:
         if not mover.idle or not mover.may_move:
             return
         self._probe(now)
-        if not self._telemetry.known or not self._watch.due(now):
+        gone = self._crew.away_for(GONE_S)
+        idle = any(self._heads[rank] or self._groups[rank] for rank in gone)
+        if not self._telemetry.known or not self._watch.due(now, idle):
             return
-        cluster = self._telemetry.cluster(self._crew.away_for(GONE_S))
+        cluster = self._telemetry.cluster(gone)
         if target := self._watch.look(cluster, self._heads, self._groups, now):
             self._begin(cluster, target)
         elif self._aim and not self._crew.done_without():  # it was given up halfway
@@ -110,7 +112,8 @@ class Replacer:
 
     def _probe(self, now: float) -> None:
         """Ask those that have nothing to do how fast they are."""
-        idle = [rank for rank in self._link.workers if rank not in self._plan.query and rank not in self._plan.ffn]
+        able = [rank for rank in self._link.workers if not self._crew.does_without(rank)]
+        idle = [rank for rank in able if rank not in self._plan.query and rank not in self._plan.ffn]
         for rank in idle:
             if probe := self._link.peers[rank].probe:
                 over_s = probe.latency_s - probe.took_s

@@ -2,7 +2,8 @@
 
 Strict, every sync waits for all partial sums. Relaxed, the root goes on past a late one with an estimate in its place and adds
 the difference when it comes; what must be exact (prefill, the first token, the first and the last layer, and parts that calibration
-says are costly) waits all the same, but for workers that are cut off.
+says are costly) waits all the same, but for workers that are cut off. Where a worker is gone that cannot be done without, others take its
+work over, and the token is computed again.
 """
 
 import time
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from halo_mpi.engine.check import Check
-from halo_mpi.engine.crew import Crew, workers_of
+from halo_mpi.engine.crew import Crew, WorkersGone
+from halo_mpi.engine.doing_without import DoingWithout
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.ledger import Ledger
@@ -22,6 +24,7 @@ from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import Key, Predictor
 from halo_mpi.engine.replacer import Replacer
+from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.vocabulary import ReadVocabulary
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Trunk, rms_norm
@@ -31,6 +34,9 @@ from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink
 
 PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
+SLOWER = 20.0  # times as long as the root a worker may compute before it counts as silent
+UNKNOWN_S = 5.0  # the same where the root has nothing to compute, and cannot tell
+STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
 
 
 class Root:
@@ -38,46 +44,78 @@ class Root:
     the rounding of other sums when work moves.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
-    `note` is told when a worker is left behind or comes back, and when work moves. `vocabulary`: unless the trunk holds it. `moves`: work
-    may move.
+    `note` is told when a worker is left behind or comes back, and when work moves. `vocabulary`: unless the trunk holds it. `keeps`:
+    the inputs of attention, for workers that were away or get other heads.
     """
 
     def __init__(self, config: ModelConfig, trunk: Trunk, holdings: Holdings, plan: Plan, link: RootLink, marks: Marks,
                  sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor,
-                 vocabulary: ReadVocabulary | None = None, moves: bool = False):  # fmt: skip
+                 vocabulary: ReadVocabulary | None = None, keeps: bool = False):  # fmt: skip
         self._config, self._trunk, self._holdings, self._link, self._marks = config, trunk, holdings, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
         history = None
-        if link.workers and (moves or self._relaxed and any(workers_of(plan)[Kind.ATTENTION])):
+        if link.workers and keeps:
             history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire)
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
+        self.rescue: Rescue | None = None
         self.predictor, self._vocabulary = predictor, vocabulary or trunk
         self._check = Check() if sync.check else None
+        self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
         self._corrections: list[np.ndarray] = []
-        self._epoch, self._at = 0, 0  # the sync of the token
+        self._epoch, self._text = 0, []
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
         """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them."""
         for start in range(0, len(tokens), PREFILL_ROWS):
-            x = self._forward(tokens[start : start + PREFILL_ROWS], start, decoding=False)
+            x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x)
 
     def step(self, token: int, position: int) -> np.ndarray:
         """Compute one token at `position`; logits f32 [V] for the next."""
-        return self._logits(self._forward([token], position, decoding=True))
+        return self._logits(self._compute([token], position, decoding=True))
+
+    def _compute(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
+        """The last residual vectors [T, D] of the tokens, whoever is lost meanwhile."""
+        self._text[position:] = tokens
+        if position == 0:
+            self.crew.begin_text(wait_for_all=not (self.rescue and self.rescue.silent_s))
+        while True:
+            try:
+                self.crew.notice()
+                if self.rescue:
+                    self._rescue(position, decoding)
+                return self._forward(tokens, position, decoding)
+            except WorkersGone:
+                self._sums.abandon()
+                self.ledger.give_up_token()
+                self._corrections.clear()
+
+    def _rescue(self, position: int, decoding: bool) -> None:
+        """Let others do the work of those that the root cannot do without; in relaxed mode the replacer may see to it later."""
+        gone, rescue = self.crew.done_without(), self.rescue
+        if gone and self._relaxed and decoding:
+            gone = self.crew.gone(rescue.silent_s) if rescue.silent_s else self.crew.lost()
+            if self.replacer and self.mover.may_move and self._without.affords_always(gone):
+                gone = set()
+        if rescue.have_work(gone):
+            if not self.rescue.take_over(position, self._epoch):  # the caches are to be filled anew
+                for start in range(0, position, PREFILL_ROWS):
+                    self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
+        elif not self.replacer:
+            self.rescue.before_token(position, self._epoch)
 
     def _forward(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
         trunk = self._trunk
         if position == 0:
             self._epoch = (self._epoch + 1) % EPOCHS
-            self.crew.begin_text()
+            self.crew.forget_text()
             self.predictor.begin_text()
         if self.replacer and decoding:
             self.replacer.before_token()
@@ -104,22 +142,25 @@ class Root:
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
         self._sums.next_sync()
-        self._at = 2 * layer + (kind == Kind.FFN)
-        if self._relaxed and decoding:
-            self._stop_asking(kind, layer)
+        at = self._without.at = 2 * layer + (kind == Kind.FFN)
+        if decoding:
+            if self._relaxed:
+                self._without.stop_asking(kind, layer)
             if kind == Kind.ATTENTION:
                 self.crew.welcome_back(position, layer, self._epoch, self.mover.number)
         workers, asked = self.crew.asked(kind, layer)
         seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
             x = self._add(x, bias[layer])
+        patience_s = UNKNOWN_S if len(x) > 1 else 0.0
         if even_share := self._holdings.even_share(kind, layer):
-            self._holdings.need(self._at)
+            self._holdings.need(at)
             start, share = time.perf_counter(), self._holdings.share
             own = share.attention(layer, normed, position) if kind == Kind.ATTENTION else share.ffn(layer, normed)
             self._marks.pace(start, even_share)
             took_s = time.perf_counter() - start
             self.compute_s += took_s
+            patience_s = SLOWER * took_s
             if self.replacer and decoding:
                 self.replacer.computed(0, kind, layer, took_s)
             x = self._add(x, own)
@@ -128,9 +169,8 @@ class Root:
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        answers, late = self._collect(
-            seq, kind, layer, asked, self._must_be_exact(kind, layer, position, asked, decoding), decoding
-        )
+        exact = self._must_be_exact(kind, layer, position, asked, decoding)
+        answers, late = self._collect(seq, kind, layer, asked, exact, decoding, patience_s)
         for rank in workers:
             if decoding and (rank in late or rank not in answers):
                 self.ledger.missed_deadline(rank)
@@ -158,8 +198,8 @@ class Root:
             self.crew.sent_attention(layer, position, normed, workers)
         return seq
 
-    def _collect(self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool,
-                 counting: bool) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
+    def _collect(self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool, counting: bool,
+                 patience_s: float) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
@@ -180,61 +220,44 @@ class Root:
             overdue = self._sums.overdue()
             if not missing and not overdue:
                 return answers, late
-            now = link.waiter.now()
+            now, missed_s = link.waiter.now(), link.waiter.now() - looked_at
             for rank in missing | overdue:
                 if rank in missing and rank not in late and now > crew.deadline(rank, seq, own_done):
                     late.add(rank)
                     crew.suspect(rank)
                 link.kick(rank)
-            if (
-                not exact
-                and missing <= late
-                and not overdue
-                and (self._drops or not any(self.predictor.too_costly(kind, layer, rank) for rank in missing))
-                and self._sums.affords(
-                    self.predictor.share(kind, layer, missing), self.predictor.rest(self._at, crew.done_without())
-                )
-            ):
+            if not exact and missing <= late and not overdue and self._without.affords(kind, layer, missing):
                 return answers, late
             if counting:
-                missing -= self._leave_behind(crew.silent(missing | overdue, now))
-                missing -= self._pause(crew.too_slow(missing & late | overdue, now - looked_at, now))
-                looked_at = now
+                missing -= self._without.leave_behind(crew.silent(missing | overdue, now))
+                missing -= self._without.pause(crew.too_slow(missing & late | overdue, missed_s, now))
+            missing -= self._look_who_is_gone(missing | overdue, counting, missed_s, patience_s)
+            looked_at = now
             link.waiter.wait()
 
-    def _stop_asking(self, kind: Kind, layer: int) -> None:
-        """Workers with too many requests before them get no more, as far as the run's quality allows it."""
-        overrun = self.crew.overrun(self.crew.asked(kind, layer)[1])
-        behind = {rank for rank in overrun if self.crew.does_without(rank)}
-        for rank in behind | self._leave_behind(overrun - behind):
-            self.crew.stop_asking(rank)
-        if kind == Kind.ATTENTION and layer == 0:
-            self._pause(self.crew.far_behind())
+    def _look_who_is_gone(self, waited_for: set[int], decoding: bool, looked_s: float, patience_s: float = 0.0) -> set[int]:
+        """Workers that are waited for no more, since they are gone and can be done without. The last look was `looked_s` ago.
 
-    def _pause(self, ranks: set[int]) -> set[int]:
-        """Ask these workers nothing for a while, as far as the run's quality allows it; those that pause now."""
-        gone = self._leave_behind({rank for rank in ranks if not self.crew.does_without(rank) and not self._drops})
-        for rank in gone:
-            self.crew.pause(rank)
-        return gone
-
-    def _leave_behind(self, ranks: set[int]) -> set[int]:
-        """Do without these workers, as far as the run's quality allows it; those that are behind now."""
-        gone = set()
-        for rank in ranks:
-            without, rest = self.crew.done_without() | {rank}, self.predictor.rest
-            if not (
-                self._relaxed
-                and self._sums.affords(0.0, rest(self._at, without))
-                and self._sums.affords_always(rest(0, without))  # it may be gone for tokens to come
-            ):
-                continue
-            gone.add(rank)
-            self.crew.leave(rank)
-            for entry in self._sums.substitute_all(rank):
-                if self._check:
-                    self._check.add(entry.estimate)
-        return gone
+        Raises WorkersGone if somebody else must do a worker's part: it is lost, or says nothing for `patience_s` and what is usual.
+        """
+        crew = self.crew
+        if looked_s > STOPPED_S:
+            crew.paused(looked_s)
+        elif self.rescue and self.rescue.silent_s:
+            longest_s, now = self.rescue.silent_s + patience_s, self._link.waiter.now()
+            for rank in crew.silent({rank for rank in waited_for if not crew.does_without(rank)}, now, longest_s / 2):
+                if not self._link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
+                    self._link.probe(rank)
+                elif crew.silent({rank}, now, longest_s):
+                    crew.stop_asking(rank, "says nothing")
+                    raise WorkersGone
+        lost = crew.notice()
+        if not lost:
+            return lost
+        behind = self._without.leave_behind(lost) if decoding and self.replacer else set()
+        if self.rescue and self.rescue.have_work(lost - behind):
+            raise WorkersGone
+        return behind
 
     def _stand_in(self, seq: int, key: Key, position: int, x: np.ndarray) -> np.ndarray:
         """The estimate, f32 [1, D], for the answer to x that is not there."""
@@ -268,7 +291,7 @@ class Root:
 
     def _settle(self, x: torch.Tensor) -> torch.Tensor:
         """Wait for everything that is open; what cannot come is final as estimated."""
-        link, self._at = self._link, 2 * self._config.layers
+        link, self._without.at = self._link, 2 * self._config.layers
         if not self._sums:
             return x
         looked_at = link.waiter.now()
@@ -280,8 +303,9 @@ class Root:
             now, late = link.waiter.now(), self._sums.ranks()
             for rank in late:
                 link.kick(rank)
-            self._leave_behind(self.crew.silent(late, now))
-            self._pause(self.crew.too_slow(late, now - looked_at, now))
+            self._without.leave_behind(self.crew.silent(late, now))
+            self._without.pause(self.crew.too_slow(late, now - looked_at, now))
+            self._look_who_is_gone(late, True, now - looked_at)
             looked_at = now
             link.waiter.wait()
 

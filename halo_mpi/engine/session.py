@@ -6,6 +6,7 @@
 Every step is taken together: a failure on one rank ends all with one line from the root.
 """
 
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together
+from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
@@ -25,12 +27,15 @@ from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.planning import Basis, plan_run
 from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.replacer import Replacer
+from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.root import PREFILL_ROWS, Root
 from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
+from halo_mpi.errors import EXIT_DONE, EXIT_LOST
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
+from halo_mpi.schedule.placement import Disks
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.exchange import ROOT, broadcast, gather
 from halo_mpi.wire.mailbox import Mailbox
@@ -52,6 +57,7 @@ class Session:
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
         self.tokens = 0  # generated or scored
+        self.ending = Ending()
         self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
@@ -80,9 +86,9 @@ class Session:
             self.event("weights loaded")
 
         self.connect()
-        self.moves = self.is_root and self._may_move()
+        self.keeps = self.is_root and self._keeps_inputs()
         try:
-            self.plan, basis = plan_run(self)
+            self.plan, disks, basis = plan_run(self)
             self.weights = Weights(self, loaded)
             streams = any(gather(self.comm, self.weights.loader.residence.streamed_bytes))
             predictor = self.on_root(
@@ -108,10 +114,13 @@ class Session:
                 self.event,
                 predictor,
                 weights.vocabulary,
-                self.moves,
+                self.keeps,
             )
-            if self.moves and basis and not streams:  # what is read at every token does not move
-                self.root.replacer = self._replacer(basis)
+            if self.comm.size > 1:
+                root, silent_s = self.root, self.run.sync.takeover_ms / 1e3
+                root.rescue = Rescue(disks, silent_s, root.crew, root.mover, self.link, self.event, self.marks.phase)
+            if self._may_move() and self.keeps and basis and not streams:  # what is read at every token does not move
+                self.root.replacer = self._replacer(basis, disks)
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
             weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
@@ -141,7 +150,7 @@ class Session:
     def disconnect(self) -> None:
         """End without having computed anything (collective)."""
         if self.is_root:
-            self.link.stop()
+            self.link.stop(set())
         else:
             while not self.link.stopped:
                 self.link.next()
@@ -152,28 +161,35 @@ class Session:
     @property
     def kept_bytes(self) -> int:
         """What the attention inputs take that the root keeps, for workers that were away and for moves."""
-        return self._history_bytes() if self.moves or self.run.sync.mode == "relaxed" else 0
+        return self._history_bytes() if self.keeps else 0
 
     def _history_bytes(self) -> int:
         return history_bytes(self.config.layers, self.context, self.config.hidden, self.run.sync.wire)
 
     def _may_move(self) -> bool:
-        """Whether work may move while text flows: the root has room for the attention inputs that caches are filled from then."""
-        if not self.run.moves or self.run.placement != "auto" or self.comm.size == 1:
+        """Whether work is to move while text flows."""
+        return self.run.moves and self.run.placement == "auto" and self.comm.size > 1
+
+    def _keeps_inputs(self) -> bool:
+        """Whether the root keeps attention inputs: for workers that come back, or get other heads, if it has room."""
+        if self.run.sync.mode == "relaxed" or self.comm.size == 1:
+            return self.comm.size > 1
+        if not self._may_move() and not self.run.sync.takeover_ms:
             return False
         needed = self._history_bytes()
         fits = needed <= HISTORY_PART * (self.run.memory or available_bytes())
         if not fits:
             self.event(
-                f"work will not move: what that needs for {self.context} tokens, {mebibytes(needed)}, is much of the root's memory"
+                f"work will not move, and if a worker is lost the text is computed again: what is needed else for {self.context} tokens, "
+                f"{mebibytes(needed)}, is much of the root's memory"
             )
         return fits
 
-    def _replacer(self, basis: Basis) -> Replacer:
+    def _replacer(self, basis: Basis, disks: Disks) -> Replacer:
         root, advice = self.root, basis.advice
         first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
         calibration = self.store.meta.get("calibration")
-        return Replacer(self.config, first, basis.work, advice.unstable, basis.disks, calibration, root.mover, root.crew, self.link,
+        return Replacer(self.config, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
                         self.event, self.marks.phase)  # fmt: skip
 
     @property
@@ -207,11 +223,26 @@ class Session:
         self.monitor.token()
 
     def finish(self) -> list[dict]:
-        """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
-        if self.is_root:
-            self.link.stop()
+        """End the run (the root calls it when its loop is done). On the root: the devices of the report; who is gone has few figures.
+
+        `ending` tells then how to leave.
+        """
         self.weights.close()
-        mine = {
+        mine = self._last_words()
+        if not self.is_root:
+            self.ending = Ending(parted=self.link.close(json.dumps(mine)))
+            self.store.close()
+            return []
+        words = self.link.stop(self.root.crew.gone())
+        self.store.close()
+        missing = set(self.link.workers) - words.keys()
+        self.ending = Ending(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, bool(missing))
+        told = [mine] + [json.loads(words[rank]) if words.get(rank) else None for rank in self.link.workers]
+        return [self._device(rank, device) for rank, device in enumerate(told)]
+
+    def _last_words(self) -> dict:
+        """What a rank tells of itself at the end."""
+        return {
             "rank": self.comm.rank,
             "host": self.host,
             **self.weights.to_dict(),
@@ -219,20 +250,19 @@ class Session:
             "compute_s": (self.root or self.worker).compute_s,
             "paced": self.marks.current_pace(),
         }
-        devices = gather(self.comm, mine)
-        self.store.close()
-        return [self._device(device) for device in devices]
 
     def event(self, what: str) -> None:
         """Note something for the report, with the time since start-up and the tokens that were there."""
         t_s = round(time.perf_counter() - self.begin, 3)
         self.events.append({"t_s": t_s, "rank": self.comm.rank, "token": self.tokens, "what": what})
 
-    def _device(self, measured: dict) -> dict:
+    def _device(self, rank: int, measured: dict | None) -> dict:
         """One entry of the report's devices: `speed` in GB/s of weights (None if work has moved), `compute_ms` per token computed (a lab's
-        pace included)."""
+        pace included); None where a rank that is gone did not tell."""
+        if not measured:
+            measured = dict.fromkeys(self._last_words()) | {"rank": rank, "host": self.hosts[rank]}
         tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
-        rank, plan = measured["rank"], self.root.mover.plan
+        plan = self.root.mover.plan
         return {
             **measured,
             "groups": int((plan.ffn == rank).sum()),
@@ -244,8 +274,8 @@ class Session:
             "late_rate": round(self.root.ledger.late_rate(rank), 6),
             "sent_bytes": self.link.received_bytes.get(rank, sum(self.link.sent_bytes.values())),
             "received_bytes": self.link.sent_bytes.get(rank, sum(self.link.received_bytes.values())),
-            "compute_ms": round(compute_s * 1e3 / tokens, 3),
-            "state": self.root.crew.state(rank),
+            "compute_ms": None if compute_s is None else round(compute_s * 1e3 / tokens, 3),
+            "state": "lost" if compute_s is None else self.root.crew.state(rank),
         }
 
     def _with_roots_options(self, run: RunOptions) -> RunOptions:

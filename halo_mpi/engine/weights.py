@@ -45,6 +45,7 @@ class Weights:
         if is_root and run.sync.mode == "relaxed":
             beside = predictor_bytes(store, config, session.plan, session.uses_calibration)
         budget = None if run.memory is None else run.memory - beside - cache
+        room = None if run.memory is None else run.memory - beside - trunk - (session.kept_bytes if is_root else 0)
         residence, blocks = _reside(parts, None if budget is None else budget - trunk), []
         if is_root and residence.streamed_bytes:
             blocks, head = head_parts(store, config)
@@ -62,7 +63,7 @@ class Weights:
                 if run.load_first:
                     self.loader.load()
                 share = Share(config, layers, session.context)
-                self.holdings = Holdings(store, share, heads, groups, session.comm.size, self.loader)
+                self.holdings = Holdings(store, share, heads, groups, session.comm.size, self.loader, room)
 
         try:
             session.together(begin)

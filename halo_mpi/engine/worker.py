@@ -10,33 +10,48 @@ import torch
 
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.marks import Marks
-from halo_mpi.engine.mover import TEXT_ROWS, from_rows
+from halo_mpi.engine.mover import from_rows
 from halo_mpi.engine.profile import OneGroup
 from halo_mpi.errors import HaloError
-from halo_mpi.wire.messages import Kind, text_rows
-from halo_mpi.wire.worker_link import Request, WorkerLink
+from halo_mpi.wire.messages import Kind
+from halo_mpi.wire.worker_link import Request, RootGone, WorkerLink
 
 APPEND_SHARE = 0.25  # of an attention request's time, for a lab's pace: two of the four products
 
 
 class Worker:
-    """Answers the root's requests. `compute_s` counts the seconds of computing."""
+    """Answers the root's requests. `compute_s` counts the seconds of computing.
+
+    If it cannot do its part any more (a damaged shard, memory), it says so and does nothing but hear, until the root says stop.
+    """
 
     def __init__(self, link: WorkerLink, holdings: Holdings, marks: Marks):
         self._link, self._holdings, self._marks = link, holdings, marks
         self._preparing: int | None = None  # a plan
         self._group: OneGroup | None = None  # for probes
+        self._failed = False
         self.compute_s = 0.0
 
     def run(self) -> None:
-        """Work until the root says stop."""
+        """Work until the root says stop. Raises RootGone if its process ends."""
         while not self._link.stopped:
             if not self.turn():
                 self._link.wait()
-        self._link.close()
 
     def turn(self) -> bool:
         """Do the oldest request that is not done; False if there is none."""
+        if self._failed:
+            return self._link.next() is not None
+        try:
+            return self._turn()
+        except RootGone:
+            raise
+        except HaloError as error:
+            self._failed = True
+            self._link.fail(str(error))
+            return True
+
+    def _turn(self) -> bool:
         if self._preparing is not None:
             self._look_whether_prepared()
         request = self._link.next()
@@ -80,8 +95,7 @@ class Worker:
             self._say_prepared(error)
 
     def _say_prepared(self, error: HaloError | None = None) -> None:
-        refusal = None if error is None else text_rows(str(error), self._holdings.share.config.hidden, TEXT_ROWS)
-        self._link.prepared(self._preparing, refusal)
+        self._link.prepared(self._preparing, None if error is None else str(error))
         self._preparing = None
 
     def _compute(self, request: Request) -> tuple[torch.Tensor | None, float]:

@@ -27,6 +27,7 @@ class Target:
     advice: Advice
     gain: float
     why: str
+    urgent: bool = False
 
 
 class Watch:
@@ -38,9 +39,10 @@ class Watch:
         self._hold_s, self._gains, self._quiet, self._look_took_s = HOLD_S, 0.0, 0, 0.0
         self._settled: list[tuple[float, ...]] | None = None  # the devices when nothing was worth a move
 
-    def due(self, now: float) -> bool:
-        """Whether to look."""
-        return now - self._looked_at >= max(LOOK_S, SELDOM * self._look_took_s) and now - self._moved_at >= self._hold_s
+    def due(self, now: float, somebody_is_gone: bool = False) -> bool:
+        """Whether to look. While somebody's work lies idle there is no hold."""
+        looked = now - self._looked_at >= max(LOOK_S, SELDOM * self._look_took_s)
+        return looked and (somebody_is_gone or now - self._moved_at >= self._hold_s)
 
     def look(self, cluster: Cluster, heads: list[int], groups: list[int], now: float) -> Target | None:
         """What to do instead of these shares, if it is time for it; to be called when due. `now`: seconds."""
@@ -58,7 +60,7 @@ class Watch:
             return None
         self._quiet = 0
         self._gains += looks * max(LEAST, target.gain)
-        if self._gains < ENOUGH:
+        if self._gains < ENOUGH and not target.urgent:
             return None
         soon = now - self._moved_at < SOON * self._hold_s + self._hold_s
         self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S) if soon else HOLD_S
@@ -81,7 +83,7 @@ class Watch:
         is_even = all(max(counts) - min(counts) <= 1 for counts in (heads, groups))
         gone = [rank for rank, device in enumerate(cluster.devices) if _is_gone(device) and (heads[rank] or groups[rank])]
         if gone:
-            return Target(advice, 0.0, f"rank {gone[0]} does not answer")
+            return Target(advice, 0.0, f"rank {gone[0]} does not answer", urgent=True)
         if gain > (-LOSS if advice.chosen == "even" and not is_even else GAIN):
             saved = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}"
             return Target(advice, gain, saved if gain > GAIN else "the devices are about alike again")

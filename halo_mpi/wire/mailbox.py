@@ -9,6 +9,7 @@ Each line is a communicator of its own, since MPI keeps the order within one. A 
 the other, so copies need no number. Large messages go over line 0 alone; a 16-byte message keeps their place on line 1.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -21,6 +22,8 @@ DEPTH = 8  # receives per peer: an answer, its trailer, and the answers to a few
 SIZES = (0, 1, 8)  # rows of the buffers for messages, besides the largest
 MOST_COPIED_VALUES = 8192  # a decode message; 32 KiB in f32, below the 64 KiB from which MPI would ask the receiver first
 TESTED = 4  # sends that are tested before a new one
+PROCESS_ENDED = getattr(MPI, "ERR_PROC_FAILED", None)  # MPI 5; before, a process that ends takes all with it
+LAST_S = 1.0  # so long the last messages may take to leave
 
 
 class Mailbox:
@@ -28,12 +31,13 @@ class Mailbox:
 
     `rows`, `width`: the most vectors in a message and their length. `copies`: a communicator for the second line, or None. With
     `trailers` a 16-byte message follows every one that carries vectors, where there is no second line. `sent_bytes` and
-    `received_bytes` count per peer, copies included.
+    `received_bytes` count per peer, copies included. `ended`: peers whose process has ended, as far as MPI tells (Open MPI with
+    ULFM does); nothing is sent to them any more, and what came of them and was not handed out is lost.
     """
 
     def __init__(self, comm: MPI.Comm, peers: list[int], rows: int, width: int, wire: str, trailers: bool = False,
                  copies: MPI.Comm | None = None):  # fmt: skip
-        self._wire, self._trailers, self._peers = wire, trailers, peers
+        self._wire, self._trailers, self._peers, self.width = wire, trailers, peers, width
         self._lines = [comm] if copies is None else [comm, copies]
         self._copied_rows = 1 if width <= MOST_COPIED_VALUES else 0
         self._rings = [
@@ -41,6 +45,7 @@ class Mailbox:
         ]
         self._pools = [SendPool(size, width) for size in (*(size for size in SIZES if size < rows), rows)]
         self._handed_out = dict.fromkeys(peers, 0)  # messages
+        self.ended: set[int] = set()
         self.sent_bytes = dict.fromkeys(peers, 0)
 
     def one_line(self) -> None:
@@ -67,7 +72,7 @@ class Mailbox:
         pool = next(pool for pool in self._pools if rows <= pool.rows)
         message = pool.take()
         data = message.write(*content)
-        pool.send(message, data, peers, lines)
+        self.ended |= pool.send(message, data, [peer for peer in peers if peer not in self.ended], lines)
         for peer in peers:
             self.sent_bytes[peer] += data.size * len(lines)
 
@@ -77,9 +82,9 @@ class Mailbox:
         A message is valid until the iterator goes on.
         """
         for ring in self._rings:
-            ring.test()
+            self.ended |= ring.test()
         for peer in self._peers:
-            while ring := self._ring_of_next(peer):
+            while peer not in self.ended and (ring := self._ring_of_next(peer)):
                 self._handed_out[peer] += 1
                 yield peer, ring.first(peer)
                 ring.take(peer)
@@ -96,9 +101,10 @@ class Mailbox:
         return None
 
     def close(self) -> None:
-        """Wait until everything is sent, and let go of MPI's requests."""
+        """Wait until everything is sent, but not for ever, and let go of MPI's requests."""
+        until = time.perf_counter() + LAST_S
         for pool in self._pools:
-            pool.close()
+            pool.close(until)
         for ring in self._rings:
             ring.close()
 
@@ -118,19 +124,50 @@ class ReceiveRing:
         for index, (peer, _) in enumerate(self._slots):
             self._lines[peer].append(index)
         self._complete: set[int] = set()
+        self._ended: set[int] = set()  # peers, not told yet
         self.received_bytes = dict.fromkeys(peers, 0)
         self.taken = dict.fromkeys(peers, 0)  # messages
         MPI.Prequest.Startall(self._requests)
 
-    def test(self) -> None:
-        """See what has arrived."""
+    def test(self) -> set[int]:
+        """See what has arrived; peers of whom MPI tells now that their process has ended."""
         if not self._requests:
-            return
+            return set()
         statuses: list[MPI.Status] = []
-        done = MPI.Request.Testsome(self._requests, statuses) or []
-        for status, index in zip(statuses, done):
-            self.received_bytes[self._slots[index][0]] += status.Get_count(MPI.BYTE)
+        try:
+            ended, done = self._ended, MPI.Request.Testsome(self._requests, statuses) or []
+        except MPI.Exception:
+            ended = {status.source for status in statuses if status.error} | self._ended
+            if not ended:
+                raise
+            done = self._done_beside(ended)
+        if ended:
+            self._forget(ended)
+            self._ended = set()
+        for status in statuses:
+            if not status.error:
+                self.received_bytes[status.source] += status.Get_count(MPI.BYTE)
         self._complete.update(done)
+        return ended
+
+    def _done_beside(self, ended: set[int]) -> list[int]:
+        """Which receives from other peers are complete, since the call that failed does not tell; adds to `ended` whoever fails now."""
+        done = []
+        for index, (peer, _) in enumerate(self._slots):
+            if peer in ended or index in self._complete or self._requests[index] == MPI.REQUEST_NULL:
+                continue
+            try:
+                if self._requests[index].Test():
+                    done.append(index)
+            except MPI.Exception:
+                ended.add(peer)
+        return done
+
+    def _forget(self, ended: set[int]) -> None:
+        """Take these peers' receives out of use."""
+        for index, (peer, _) in enumerate(self._slots):
+            if peer in ended:
+                self._requests[index] = MPI.REQUEST_NULL  # not freed: it has failed
 
     def first(self, peer: int) -> Message | None:
         """The peer's oldest message that was not taken out, if it has arrived."""
@@ -142,14 +179,19 @@ class ReceiveRing:
         index = self._lines[peer].popleft()
         self._complete.remove(index)
         self.taken[peer] += 1
-        self._requests[index].Start()
         self._lines[peer].append(index)
+        try:
+            self._requests[index].Start()
+        except MPI.Exception as error:
+            if error.Get_error_class() != PROCESS_ENDED:
+                raise
+            self._ended.add(peer)
 
     def close(self) -> None:
         for request in self._requests:
-            request.Cancel()
-            request.Wait()
-            request.Free()
+            if request != MPI.REQUEST_NULL:
+                request.Cancel()
+                _is_over(request)
         self._requests = []
 
 
@@ -166,29 +208,58 @@ class SendPool:
         """A message that may be written. What a peer that is cut off does not take stays busy, so only a few are tested each time."""
         for _ in range(min(TESTED, len(self._busy))):
             message, requests = self._busy.popleft()
-            if MPI.Request.Testall(requests):
+            if _all_over(requests):
                 self._release(message, requests)
             else:
                 self._busy.append((message, requests))
         return self._free.pop() if self._free else Message(*self._shape)
 
-    def send(self, message: Message, data: np.ndarray, peers: list[int], lines: list[MPI.Comm]) -> None:
+    def send(self, message: Message, data: np.ndarray, peers: list[int], lines: list[MPI.Comm]) -> set[int]:
         """Start sending the first bytes of `message` (what its `write` returned) to every peer, on each line.
 
-        Open MPI uses its connections to a peer by turns, and an Isend takes two (it tries a short cut first), a persistent send one:
-        so the two lines of a pair of sends stay on two connections.
+        Returns the peers of whom MPI says that their process has ended. Open MPI uses its connections to a peer by turns, and an Isend
+        takes two (it tries a short cut first), a persistent send one: so the two lines of a pair of sends stay on two connections.
         """
-        requests = [line.Send_init([data, MPI.BYTE], peer, TAG) for peer in peers for line in lines]
-        MPI.Prequest.Startall(requests)
+        requests, ended = [], set()
+        for peer in peers:
+            try:
+                for line in lines:
+                    request = line.Send_init([data, MPI.BYTE], peer, TAG)
+                    request.Start()
+                    requests.append(request)
+            except MPI.Exception as error:
+                if error.Get_error_class() != PROCESS_ENDED:
+                    raise
+                ended.add(peer)
         self._busy.append((message, requests))
+        return ended
 
-    def close(self) -> None:
-        while self._busy:
+    def close(self, until: float) -> None:
+        """Wait for what is under way, not longer than that (perf_counter): who is cut off never takes it."""
+        while self._busy and time.perf_counter() < until:
             message, requests = self._busy.popleft()
-            MPI.Request.Waitall(requests)
-            self._release(message, requests)
+            if _all_over(requests):
+                self._release(message, requests)
+            else:
+                self._busy.append((message, requests))
+                time.sleep(1e-4)
 
     def _release(self, message: Message, requests: list[MPI.Prequest]) -> None:
         for request in requests:
             request.Free()
         self._free.append(message)
+
+
+def _all_over(requests: list[MPI.Prequest]) -> bool:
+    """Whether all are complete, or never will be, since the peer has ended."""
+    try:
+        return MPI.Request.Testall(requests)
+    except MPI.Exception:
+        return all([_is_over(request) for request in requests])
+
+
+def _is_over(request: MPI.Prequest) -> bool:
+    try:
+        return request.Test()
+    except MPI.Exception:
+        return True

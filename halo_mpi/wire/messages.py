@@ -21,7 +21,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 5  # ranks with another number refuse to work together
+PROTOCOL = 6  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BYTES = "bytes"  # of text, one per value
@@ -30,15 +30,16 @@ BLOCK = 32  # values that share a scale in q8
 EPOCHS = PLANS = 256
 TOOK_S, LONGEST_TOOK = 1e-5, 0xFFFF  # the unit in which an answer tells how long it took; so many or more: too long to tell
 PINGS = 8  # with which the root begins
+TEXT_ROWS = 64  # that a text may take
 
 
 class Kind(IntEnum):
-    """What a message is. Each but TRAILER and ELSEWHERE is answered by one of the same kind."""
+    """What a message is. Each but TRAILER, ELSEWHERE and FAILURE is answered by one of the same kind."""
 
     PING = 1
     ATTENTION = 2
     FFN = 3
-    STOP = 4
+    STOP = 4  # there is nothing more to do; the answer has a worker's last words. And again: leave
     KICK = 5  # sent while waiting: a packet behind a lost one makes TCP repair the loss
     REPLAY = 6  # inputs of attention whose K and V a worker lacks
     TRAILER = 7  # for the same reason as a kick, right behind a message
@@ -46,6 +47,7 @@ class Kind(IntEnum):
     PLAN = 9  # which heads and groups a worker will have; answered when they are loaded
     REFILL = 10  # inputs of attention for the cache of heads that it will have
     PROBE = 11  # how fast is a worker that has nothing to do
+    FAILURE = 12  # from a worker: what keeps it from doing its part from now on, in words
 
 
 class ProtocolError(HaloError):
@@ -99,9 +101,9 @@ class Message:
         return data.view(_float(wire)).reshape(rows, self._width).astype(np.float32, copy=False)
 
 
-def text_rows(text: str, width: int, most: int) -> np.ndarray:
-    """A text as u8 [rows, width], spaces at its end, and cut after `most` rows."""
-    data = text.encode()[: most * width]
+def text_rows(text: str, width: int) -> np.ndarray:
+    """A text as u8 [rows, width], spaces at its end, and cut after `TEXT_ROWS`."""
+    data = text.encode()[: TEXT_ROWS * width]
     rows = max(1, -(-len(data) // width))
     return np.frombuffer(data.ljust(rows * width), np.uint8).reshape(rows, width)
 

@@ -1,5 +1,6 @@
 """The root's side of the star: requests to the workers, their answers as they come, kicks where they do not come."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ KICKS_BEFORE_BACKOFF = 4
 KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
+LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
 
 
@@ -65,6 +67,7 @@ class RootLink:
         self.waiter = waiter or Waiter()
         self.workers = workers
         self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
+        self.failures: dict[int, str] = {}  # workers that say, or show, that they cannot do their part, and why
         self.seq = 0
         for rank in workers:
             self._ping(rank)
@@ -72,6 +75,11 @@ class RootLink:
     @property
     def ranks(self) -> int:
         return len(self.workers) + 1
+
+    @property
+    def ended(self) -> set[int]:
+        """Workers whose process has ended, as far as MPI tells."""
+        return self._mailbox.ended
 
     @property
     def sent_bytes(self) -> dict[int, int]:
@@ -153,6 +161,8 @@ class RootLink:
             elif kind == Kind.PLAN:
                 peer.prepared = int(header["plan"])
                 peer.refusal = rows_text(message.read()) if header["rows"] else ""
+            elif kind == Kind.FAILURE:
+                self.failures.setdefault(rank, rows_text(message.read()))
             elif kind == Kind.PROBE:
                 peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, now - peer.probed_at)
                 peer.probed_at = None
@@ -161,11 +171,14 @@ class RootLink:
                     raise ProtocolError(
                         f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
+                y = message.read().copy() if header["rows"] else NOTHING
+                if not math.isfinite(y.sum()):  # as quick as a look at 576 values can be
+                    self.failures.setdefault(rank, "its partial sums are not finite; check its memory")
+                    continue
                 asked = peer.asked_at.pop(seq)
                 if header["rows"] == 1 and kind != Kind.PING and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
-                y = message.read().copy() if header["rows"] else NOTHING
                 took = int(header["lag"])
                 yield Answer(rank, seq, y, took * TOOK_S if took < LONGEST_TOOK else now - asked, now - asked)
 
@@ -203,14 +216,27 @@ class RootLink:
         self._mailbox.post([rank], Kind.KICK, self.seq)
         self.peers[rank].kicks_in_flight += 1
 
-    def stop(self) -> None:
-        """Tell all workers to leave their request loop; after their last messages, let go of MPI's requests."""
+    def stop(self, unheard: set[int]) -> dict[int, str]:
+        """Tell all workers to leave their request loop, and let go of MPI's requests; the last words of those who answered, by rank.
+
+        `unheard`: for these nobody waits long.
+        """
         self._mailbox.post(self.workers, Kind.STOP, self.seq + 1)
-        at_work = set(self.workers)
-        while at_work:
-            at_work -= {rank for rank, message in self._mailbox.poll() if message.header["kind"] == Kind.STOP}
+        words, begin = {}, self.waiter.now()
+        while missing := [rank for rank in self.workers if rank not in words and rank not in self._mailbox.ended]:
+            over_s = self.waiter.now() - begin
+            if over_s > LAST_WORDS_S or over_s > UNHEARD_S and unheard.issuperset(missing):
+                break
+            for rank in missing:
+                self.kick(rank)
+            for rank, message in self._mailbox.poll():
+                if message.header["kind"] == Kind.STOP:
+                    words[rank] = rows_text(message.read()) if message.header["rows"] else ""
             self.waiter.wait()
+        alone = len(words) < len(self.workers)
+        self._mailbox.post(list(words), Kind.STOP, self.seq + 2, lag=int(alone))
         self._mailbox.close()
+        return words
 
     def _forget(self, peer: Peer) -> None:
         """Requests before the last answered one were skipped: their answers never come."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halo_mpi.errors import HaloError
 from halo_mpi.wire.exchange import ROOT
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message
+from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message, text_rows
 from halo_mpi.wire.polling import Waiter
 
 UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
@@ -27,6 +28,10 @@ class Request:
     x: np.ndarray
 
 
+class RootGone(HaloError):
+    """There is nobody any more to work for."""
+
+
 class WorkerLink:
     """Takes in what has come, answers pings and kicks at once, and hands out the other requests one by one.
 
@@ -38,6 +43,7 @@ class WorkerLink:
         self._queue: deque[Request] = deque()
         self._oldest_useful = self._epoch = self._done = 0
         self._stopped, self._pings = False, 0
+        self._leave: bool | None = None
         self._before_echo: Callable[[], None] | None = None
 
     @property
@@ -58,10 +64,12 @@ class WorkerLink:
         return self._queue.popleft() if self._queue else None
 
     def hear(self) -> None:
-        """Take in what has come, and answer pings and kicks."""
+        """Take in what has come, and answer pings and kicks. Raises RootGone if the root's process has ended."""
         for _, message in self._mailbox.poll():
             self._waiter.heard()
             self._take(message)
+        if self._mailbox.ended:
+            raise RootGone("the root's process has ended")
 
     def is_current(self, request: Request) -> bool:
         """Whether the request belongs to the text that is worked at."""
@@ -81,23 +89,38 @@ class WorkerLink:
             self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y, lag=took)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
 
-    def prepared(self, plan: int, refusal: np.ndarray | None) -> None:
-        """Say that what this plan needs is loaded, or why it cannot be: a text, u8 [rows, width]."""
-        self._mailbox.post([ROOT], Kind.PLAN, self._done, x=refusal, plan=plan, wire=BYTES)
+    def prepared(self, plan: int, refusal: str | None) -> None:
+        """Say that what this plan needs is loaded, or why it cannot be."""
+        x = None if refusal is None else text_rows(refusal, self._mailbox.width)
+        self._mailbox.post([ROOT], Kind.PLAN, self._done, x=x, plan=plan, wire=BYTES)
 
     def wait(self) -> None:
         """Let others run for a moment."""
         self._waiter.wait()
 
-    def close(self) -> None:
-        """Say the last word, and let go of MPI's requests."""
-        self._mailbox.post([ROOT], Kind.STOP, self._done)
+    def fail(self, why: str) -> None:
+        """Say that this rank cannot do its part any more."""
+        self._mailbox.post([ROOT], Kind.FAILURE, self._done, x=text_rows(why, self._mailbox.width), wire=BYTES)
+
+    def close(self, last_words: str = "") -> bool:
+        """Say the last words, wait until the root lets go, and let go of MPI's requests; whether the ranks part without MPI's own end,
+        since not all of them are there."""
+        self._mailbox.post([ROOT], Kind.STOP, self._done, x=text_rows(last_words, self._mailbox.width), wire=BYTES)
+        try:
+            while self._leave is None:
+                self.hear()
+                self._waiter.wait()
+        except RootGone:
+            self._leave = True
         self._mailbox.close()
+        return self._leave
 
     def _take(self, message: Message) -> None:
         header = message.header
         kind, seq = int(header["kind"]), int(header["seq"])
         if kind == Kind.STOP:
+            if self._stopped:
+                self._leave = bool(header["lag"])
             self._stopped = True
         elif kind == Kind.PING:
             if self._before_echo:

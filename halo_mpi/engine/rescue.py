@@ -1,0 +1,131 @@
+"""Workers that are gone, and what becomes of their work: others take it over, all at once, while the token waits.
+
+gone --> the ranks that are left load its heads and groups, and fill the caches of its heads, from attention inputs that the root
+         kept or by computing the text so far again; then the token under way is computed again, as if nothing had been
+back --> it gets its part again: as the scheduler wants it, or what it had at first, a few layers at a time while text flows
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from halo_mpi.engine.crew import Crew, WorkersGone
+from halo_mpi.engine.mover import Mover, Refused
+from halo_mpi.errors import HaloError
+from halo_mpi.schedule.placement import Disks, Plan, changed_keys
+from halo_mpi.wire.root_link import RootLink
+
+MOST_S = 120.0  # that loading for others may take
+LEAST = 0.01  # of a head or group: what a rank without work counts as having, when work is dealt to those that are left
+
+
+class Rescue:
+    """`disks`: what each rank's holds. `silent_s`: how long somebody who must answer may be silent; 0: for ever.
+
+    `note` is told what happens, `phase` when work begins to move.
+    """
+
+    def __init__(self, disks: Disks, silent_s: float, crew: Crew, mover: Mover, link: RootLink, note: Callable[[str], None],
+                 phase: Callable[[str], None]):  # fmt: skip
+        self._disks, self._crew, self._mover, self._link, self._note, self._phase = disks, crew, mover, link, note, phase
+        self.silent_s = silent_s
+        self._home = mover.plan
+        self._without: set[int] = set()  # they have no work, since they were gone
+
+    def have_work(self, ranks: set[int]) -> set[int]:
+        """Those of the ranks that have work under the plan in force."""
+        return {rank for rank in ranks if rank in self._mover.plan.query or rank in self._mover.plan.ffn}
+
+    def take_over(self, position: int, epoch: int) -> bool:
+        """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches are whole then.
+
+        Raises HaloError if they cannot take it: no shard, no memory.
+        """
+        begin, full, heads = self._link.waiter.now(), set(), self._mover.plan.query
+        self._phase("re-placement")
+        while gone := self.have_work(self._crew.done_without()):
+            plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | full, self._disks)
+            try:
+                full.add(self._at_once(plan, position, epoch))
+            except WorkersGone:
+                pass  # somebody else, too
+        self._without |= self._crew.done_without()
+        counts = self._mover.plan.counts(self._link.ranks)
+        took_s = self._link.waiter.now() - begin
+        self._note(f"others took the work over in {took_s:.2f} s: heads {counts[0]}, groups {counts[1]} by rank")
+        return self._crew.history is not None or not position or np.array_equal(heads, self._mover.plan.query)
+
+    def before_token(self, position: int, epoch: int) -> None:
+        """Whoever is back gets again what it had at first; for runs in which no scheduler sees to it. Raises WorkersGone."""
+        back = self._without - self._crew.done_without()
+        whole = self._crew.history is None  # no cache can be filled but with a new text
+        if not back or not self._mover.idle or not self._mover.may_move or position and whole:
+            return
+        self._without -= back
+        plan = dealt_to_others(self._home, self._without, self._without, self._disks) if self._without else self._home
+        if changed_keys(self._mover.plan, plan):
+            self._note(f"rank {', '.join(map(str, sorted(back)))} gets its work again")
+            if whole:
+                self._at_once(plan, position, epoch)
+            else:
+                self._mover.aim_at(plan)
+
+    def _at_once(self, plan: Plan, position: int, epoch: int) -> int | None:
+        """Make this the plan now, if nobody refuses; the rank that does. Raises WorkersGone; HaloError if it is the root."""
+        try:
+            self._mover.begin_at_once(plan, epoch)
+            self._wait(position)
+        except (Refused, WorkersGone) as error:
+            self._mover.forget()
+            if isinstance(error, WorkersGone) or not error.rank:
+                raise
+            self._note(f"takes no more over: {error}")
+            return error.rank
+        return None
+
+    def _wait(self, position: int) -> None:
+        """Until the plan that the mover was told is in force. Raises WorkersGone, Refused."""
+        link, begin = self._link, self._link.waiter.now()
+        while True:
+            missing = self._mover.go_on_at_once(position)
+            if self._mover.idle:
+                return
+            for _ in link.poll():
+                pass  # an answer of the token that was given up
+            now = link.waiter.now()
+            if self._crew.notice():
+                raise WorkersGone
+            for rank in missing:
+                link.kick(rank)
+                if now - max(link.peers[rank].heard_at, begin) > 2 * self.silent_s > 0:
+                    self._crew.stop_asking(rank, "does not answer")
+                    raise WorkersGone
+            if now - begin > MOST_S:
+                raise HaloError(f"the ranks that are left could not load the work of those that are gone in {MOST_S:.0f} s")
+            link.waiter.wait()
+
+
+def dealt_to_others(plan: Plan, gone: set[int], takers_not: set[int], disks: Disks) -> Plan:
+    """The plan with what the `gone` have dealt to all but `takers_not`, to each as much as fits what it has.
+
+    Raises HaloError if there is something that nobody else's disk holds.
+    """
+    tables = []
+    for name, what, table in (("query", "query head", plan.query), ("ffn", "FFN group", plan.ffn)):
+        dealt = table.copy()
+        usual = np.bincount(table[len(table) // 2], minlength=len(disks))
+        for layer, row in enumerate(dealt):
+            held = np.bincount(row, minlength=len(disks)).astype(float)
+            for entry in np.flatnonzero(np.isin(row, list(gone))).tolist():
+                takers = [rank for rank, disk in enumerate(disks) if rank not in takers_not | gone and entry in disk[name]]
+                if not takers:
+                    lost = ", ".join(map(str, sorted(gone)))
+                    raise HaloError(
+                        f"rank {lost} is gone, and nobody who is left can take its work over: no disk with the shard of {what} {entry}, "
+                        "or no memory; copy all shards to more hosts, or run on more"
+                    )
+                taker = min(takers, key=lambda rank: ((held[rank] + 1) / max(usual[rank], LEAST), rank))
+                row[entry] = taker
+                held[taker] += 1
+        tables.append(dealt)
+    return Plan(plan.name, *tables)
