@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halo_mpi.errors import HaloError
-from halo_mpi.wire.messages import BLOCK, HEADER, WIRES, Kind, Message, rows_text, text_rows, vector_bytes
+from halo_mpi.wire.messages import BLOCK, HEADER, TEXT_ROWS, WIRES, Kind, Message, rows_text, text_rows, vector_bytes
 
 pytestmark = pytest.mark.timeout(30)
 WIDTHS = (1, 31, 32, 33, 100, 576)
@@ -79,11 +79,11 @@ def test_every_field_of_the_header_survives():
 
 @pytest.mark.parametrize("width", [8, 100])
 def test_a_text_arrives_as_it_was_sent_and_one_that_is_too_long_is_cut(width):
-    sender, receiver = Message(4, width), Message(4, width)
+    sender, receiver = Message(TEXT_ROWS, width), Message(TEXT_ROWS, width)
     for text in ("", "é", "x" * 3 * width, "y" * 99 * width):
         data = sender.write(1, Kind.PLAN, x=text_rows(text, width), wire="bytes")
         receiver.buffer[: len(data)] = data
-        assert rows_text(receiver.read()) == text[: 4 * width]
+        assert rows_text(receiver.read()) == text[: TEXT_ROWS * width]
 
 
 def test_a_lag_that_does_not_fit_is_the_largest_that_does():

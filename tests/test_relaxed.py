@@ -204,7 +204,7 @@ def test_an_outage_of_20_seconds_is_survived(can, deep, tmp_path):
     can("kernel")
     path = tmp_path / "report.json"
     outage = '[[event]]\nat_s = 0.2\nhost = "pi2"\naction = "link-down"\nfor_s = 20.0\n'
-    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--json", path]
+    command = ["python", "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--json", path, "--takeover-ms", 0]
     done = run("run", scenario_file(tmp_path, f"hosts = 2\npace_ms = 10\n{outage}"), "--", *command, timeout=100)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["tpot_ms"]["max"] > 15_000

@@ -49,9 +49,9 @@ def from_rows(rows: np.ndarray) -> tuple[int, dict[int, Change]]:
 class Refused(HaloError):
     """A rank cannot load what it was to have."""
 
-    def __init__(self, rank: int, why: str):
+    def __init__(self, rank: int, why: str, exit_code: int = HaloError.exit_code):
         super().__init__(f"rank {rank}: {why}" if rank else why)
-        self.rank = rank
+        self.rank, self.exit_code = rank, exit_code
 
 
 class Mover:
@@ -166,7 +166,7 @@ class Mover:
         try:
             self._holdings.prepare(self._told, changes[0], lambda: self._predictor.load(plan))
         except HaloError as error:
-            raise Refused(0, str(error)) from error
+            raise Refused(0, str(error), error.exit_code) from error
 
     def _is_prepared(self) -> bool:
         """Whether everybody who is there has loaded what changes. Raises Refused if somebody cannot."""
@@ -174,7 +174,7 @@ class Mover:
             if not self._holdings.is_prepared(self._told):
                 return False
         except HaloError as error:
-            raise Refused(0, str(error)) from error
+            raise Refused(0, str(error), error.exit_code) from error
         for rank in self._changing - {0}:
             peer = self._link.peers[rank]
             if peer.prepared == self._told and peer.refusal:

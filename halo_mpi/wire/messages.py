@@ -39,7 +39,7 @@ class Kind(IntEnum):
     PING = 1
     ATTENTION = 2
     FFN = 3
-    STOP = 4  # there is nothing more to do; the answer has a worker's last words. And again: leave
+    STOP = 4  # there is nothing more to do; the answer has a worker's last words. And again: leave; answered by its last message
     KICK = 5  # sent while waiting: a packet behind a lost one makes TCP repair the loss
     REPLAY = 6  # inputs of attention whose K and V a worker lacks
     TRAILER = 7  # for the same reason as a kick, right behind a message

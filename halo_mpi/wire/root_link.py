@@ -222,20 +222,27 @@ class RootLink:
         `unheard`: for these nobody waits long.
         """
         self._mailbox.post(self.workers, Kind.STOP, self.seq + 1)
+        words = self._last_words(set(self.workers), unheard)
+        alone = len(words) < len(self.workers)
+        self._mailbox.post(list(words), Kind.STOP, self.seq + 2, lag=int(alone))
+        self._last_words(set(words), set(), kicks=False)  # nothing is under way any more, for a run that may follow
+        self._mailbox.close()
+        return words
+
+    def _last_words(self, workers: set[int], unheard: set[int], kicks: bool = True) -> dict[int, str]:
         words, begin = {}, self.waiter.now()
-        while missing := [rank for rank in self.workers if rank not in words and rank not in self._mailbox.ended]:
+        while missing := workers - words.keys() - self._mailbox.ended:
             over_s = self.waiter.now() - begin
-            if over_s > LAST_WORDS_S or over_s > UNHEARD_S and unheard.issuperset(missing):
+            if over_s > LAST_WORDS_S or over_s > UNHEARD_S and unheard >= missing:
                 break
-            for rank in missing:
+            for rank in missing if kicks else ():
                 self.kick(rank)
             for rank, message in self._mailbox.poll():
                 if message.header["kind"] == Kind.STOP:
                     words[rank] = rows_text(message.read()) if message.header["rows"] else ""
+                elif message.header["kind"] == Kind.KICK:
+                    self.peers[rank].kicks_in_flight = max(0, self.peers[rank].kicks_in_flight - 1)
             self.waiter.wait()
-        alone = len(words) < len(self.workers)
-        self._mailbox.post(list(words), Kind.STOP, self.seq + 2, lag=int(alone))
-        self._mailbox.close()
         return words
 
     def _forget(self, peer: Peer) -> None:

@@ -110,6 +110,7 @@ class WorkerLink:
             while self._leave is None:
                 self.hear()
                 self._waiter.wait()
+            self._mailbox.post([ROOT], Kind.STOP, self._done)
         except RootGone:
             self._leave = True
         self._mailbox.close()
