@@ -12,7 +12,17 @@ from pathlib import Path
 import click
 
 from halo_mpi import __version__
-from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
+from halo_mpi.engine.ending import Terminated, end_at_once
+from halo_mpi.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    HaloError,
+    UsageError,
+    describe,
+)
 from halo_mpi.wire.sockets import ask_for_two_connections
 
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
@@ -42,6 +52,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     comm = MPI.COMM_WORLD
     verbose = "--verbose" in arguments
     try:
+        end_at_once()
         code = _run(comm, command, arguments, verbose)
     except AgreedError as error:
         code = error.exit_code
@@ -50,6 +61,15 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
             complain("interrupted")
         _leave_exit_code(comm, EXIT_INTERRUPTED)
         os._exit(EXIT_INTERRUPTED)  # MPI_Finalize would wait for the others
+    except Terminated:
+        if comm.rank == 0:
+            complain("terminated")
+        if _leave_exit_code(comm, EXIT_TERMINATED):
+            os._exit(EXIT_DONE)
+        if comm.rank == 0 and comm.size > 1:  # the signal may have come to the root alone
+            time.sleep(FORWARDED_S)
+            comm.Abort(EXIT_TERMINATED)
+        os._exit(EXIT_TERMINATED)
     except BaseException as error:
         code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
         if verbose:

@@ -206,6 +206,11 @@ class Session:
         self.marks.token()
         self.monitor.token()
 
+    def resumed(self, tokens: int) -> None:
+        """The root goes on with a text that has so many tokens already."""
+        self.tokens += tokens
+        self.event(f"goes on with a text after {tokens} tokens")
+
     def finish(self) -> list[dict]:
         """End the run (collective; the root calls it when its loop is done). On the root: the devices of the report."""
         if self.is_root:
