@@ -1,8 +1,8 @@
 """For halo-mpirun: what to do when a job is lost, and starting it again on the hosts that still answer.
 
-Lost is a job whose mpirun ends though rank 0 was still at work: mpirun itself was killed, or one of its daemons, with which Open MPI
-ends the job (with exit code 0). If rank 0 had ended before, it was killed, which would happen again. An MPI without fault tolerance
-ends rank 0 itself when another rank ends, so there it is lost if a host does not answer.
+Lost is a job whose mpirun was killed, or ends though rank 0 is still at work: one of its daemons was killed, with which Open MPI ends the
+job (with exit code 0). If rank 0 ended before mpirun, it was killed itself, which would happen again. But an MPI without fault tolerance
+ends rank 0 when another rank ends; there the job is lost if a host does not answer.
 """
 
 import json
@@ -34,17 +34,17 @@ class Restarts:
 
         Raises LaunchError if it was lost and cannot go on.
         """
-        has_text = written_since(self.checkpoint, end.began) or end.root_lived and self.checkpoint and self.checkpoint.exists()
+        has_text = written_since(self.checkpoint, end.began) or end.innocent and self.checkpoint and self.checkpoint.exists()
         if not has_text:
-            if not end.root_lived:
+            if not end.innocent:
                 return None
             raise LaunchError(
-                f"the job was lost: mpirun ended with code {end.code} before rank 0 did; {self._advice()}", EXIT_FAILED
+                f"the job was lost: mpirun ended with code {end.code} before the program did; {self._advice()}", EXIT_FAILED
             )
-        if not end.root_lived and (self.tolerant or not self.hosts):
+        if not end.innocent and (self.tolerant or not self.hosts):
             who = "rank 0" if self.tolerant else "a rank"
             raise LaunchError(f"{who} was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
-        why = f"the job was lost (mpirun ended with code {end.code} before rank 0 did)"
+        why = f"the job was lost (mpirun ended with code {end.code} before the program did)"
         if not self.allowed:
             raise LaunchError(f"{why}; {self._advice()}", EXIT_FAILED)
         progress = self._read_progress()
@@ -53,7 +53,7 @@ class Restarts:
         if self._count > MOST_RESTARTS:
             raise LaunchError(f"{why} for the {self._count}th time without a new token; {self._advice()}", EXIT_FAILED)
         silent = self._leave_out(mark, stopped)
-        if not (end.root_lived or silent):
+        if not (end.innocent or silent):
             raise LaunchError(f"a rank was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
         without = f"; left out, since they do not answer: {', '.join(silent)}" if silent else ""
         return f"{why}{without}; going on after {progress[1]} tokens"

@@ -19,6 +19,7 @@ DRAIN_S = 1.0  # after mpirun's end: so long is waited for more of its output
 # mpirun names its session's folder in /tmp by its process id alone, and a later one that gets the same id cannot start while that
 # of a killed one is left. Each run has a place of its own for it, which goes with the run (Open MPI 5's name and Open MPI 4's).
 SESSION_PLACES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")
+BANNER = b"=   BAD TERMINATION"  # MPICH's mpirun writes it to standard output
 RANK_0 = {b"OMPI_COMM_WORLD_RANK=0", b"PMI_RANK=0"}
 
 
@@ -50,6 +51,7 @@ class Output:
         self.passed, self.closed = 0, False
         self._busy = False
         self._heard_at = 0.0
+        self._last = b""  # some of what was passed on
 
     def follow(self, pipe):
         self._thread = threading.Thread(target=self._pass_on, args=(pipe,), daemon=True)
@@ -60,11 +62,15 @@ class Output:
         self._heard_at = time.monotonic()
         while self._thread.is_alive() and (self._busy or time.monotonic() - self._heard_at < DRAIN_S):
             self._thread.join(0.05)
+        if BANNER in self._last:  # it is no part of the text
+            self.passed -= len(self._last) - max(0, self._last.rfind(b"\n=", 0, self._last.find(BANNER) - 1))
+        self._last = b""
 
     def _pass_on(self, pipe):
         with pipe:
             while data := pipe.read(1 << 16):
                 self._busy, self._heard_at = True, time.monotonic()
+                self._last = (self._last + data)[-1 << 16 :]
                 while data and not self.closed:
                     try:
                         count = os.write(1, data)
@@ -76,11 +82,12 @@ class Output:
 
 @dataclass
 class End:
-    """How a start ended: mpirun's exit code, the program's own if rank 0 left one, and whether rank 0 was alive then."""
+    """How a start ended: mpirun's exit code, the program's own if rank 0 left one, and whether that was not rank 0's doing, since
+    it was still alive or mpirun was killed."""
 
     code: int
     own_code: int | None
-    root_lived: bool
+    innocent: bool
     began: float  # time.time()
 
 
@@ -106,7 +113,7 @@ class Start:
 
     def follow(self):
         """Wait for mpirun's end, pass signals on, and end whatever does not end by itself."""
-        wishes, done_at, kill_at, interrupts, asked = self._wishes, None, None, 0, False
+        wishes, done_at, kill_at, interrupts, asked, killed = self._wishes, None, None, 0, False, False
         while True:
             try:
                 code = self._mpirun.wait(timeout=0.1)
@@ -127,11 +134,12 @@ class Start:
                 done_at = now
             overdue = kill_at and now > kill_at or done_at and now - done_at > LINGER_S
             if overdue or done_at is None and self._root_is_gone(now):
+                killed = True
                 self._kill_all()
-        root_lived = any(map(is_alive, self._root_processes()))
+        innocent = any(map(is_alive, self._root_processes())) or code < 0 and not killed
         self._kill_all()  # ranks that mpirun left behind
         self._output.drain()
-        return End(code if code >= 0 else 128 - code, exit_code_in(self._exit_file), root_lived, self._began)
+        return End(code if code >= 0 else 128 - code, exit_code_in(self._exit_file), innocent, self._began)
 
     def _root_is_gone(self, now):
         """Whether rank 0 has ended in the middle of a text without a word. Looked for only while a text is written."""
