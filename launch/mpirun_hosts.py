@@ -86,7 +86,7 @@ def hosts_that_answer(names, agent, mark, stopped: Callable[[], bool]):
 
     def ask(name):
         try:
-            if _is_here(name):
+            if is_here(name):
                 answered.add(name)
                 return
             line = [*shlex.split(agent), name, command]
@@ -105,7 +105,7 @@ def hosts_that_answer(names, agent, mark, stopped: Callable[[], bool]):
     return frozenset(answered)
 
 
-def _is_here(name):
+def is_here(name):
     """Whether this is the computer that halo-mpirun runs on: an address of it can be bound."""
     if name in ("localhost", socket.gethostname(), socket.gethostname().partition(".")[0]):
         return True

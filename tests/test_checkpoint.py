@@ -86,7 +86,7 @@ def test_a_disk_that_fails_is_told_once_and_the_text_goes_on(tmp_path):
 
 
 def options(tiny, *more):
-    return ("--model", tiny, "--prompt", PROMPT, "--max-tokens", 30, "--ignore-eos", *more)
+    return ("--model", tiny, "--prompt", PROMPT, "--max-tokens", 30, "--ignore-eos", "--wire", "f32", *more)
 
 
 def cut(kept: Path, tiny, *more) -> None:

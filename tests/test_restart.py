@@ -13,7 +13,20 @@ import pytest
 from tests.mpi import EVEN, ROOT, mpi_is_open_mpi, mpi_tolerates
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(90)]
-TEXT = (*EVEN, "--prompt", "The quick", "--max-tokens", "40", "--ignore-eos", "--temperature", "1.0", "--seed", "5")
+TEXT = (
+    *EVEN,
+    "--wire",
+    "f32",
+    "--prompt",
+    "The quick",
+    "--max-tokens",
+    "40",
+    "--ignore-eos",
+    "--temperature",
+    "1.0",
+    "--seed",
+    "5",
+)
 
 
 class Launched:

@@ -81,11 +81,12 @@ class Checkpoint:
 
     def __init__(self, path: Path | None, model: str, seed: int, warn: Callable[[str], None]):
         self._path, self._model, self._seed, self._warn = path, model, seed, warn
+        self._on = path is not None
         self._synced_at = float("-inf")
 
     def begin(self, text: Prompt, sampler: Sampler, token_ids: list[int], ttft_ms: float, spent_s: float) -> None:
         """A text is begun, or gone on with after these tokens."""
-        if not self._path:
+        if not self._on:
             return
         about = {"schema": SCHEMA, "model": self._model, "id": text.id, "prompt_sha256": _digest(text.tokens)}
         about |= {"sampling": _options(text.sampling), "seed": self._seed}
@@ -95,14 +96,14 @@ class Checkpoint:
 
     def token(self, token: int, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
         """The text has one more token; `sampler` is ready to choose the next."""
-        if self._path:
+        if self._on:
             self._ids += f", {token}" if self._ids else str(token)
             self._write(sampler, ttft_ms, spent_s)
 
     def remove(self) -> None:
         """All is finished."""
         if self._path:
-            self._path.unlink(missing_ok=True)
+            _remove(self._path)
 
     def _write(self, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
         now = json.dumps({"random": sampler.random_state, "ttft_ms": ttft_ms, "spent_s": spent_s})[1:-1]
@@ -117,11 +118,15 @@ class Checkpoint:
             os.replace(part, self._path)
         except OSError as error:
             self._warn(f"the checkpoint {self._path} cannot be written: {error.strerror}; the run goes on without it")
-            self._path = None
-            try:
-                part.unlink(missing_ok=True)
-            except OSError:
-                pass  # the folder is not there, or may not be changed
+            self._on = False
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass  # the folder is not there, or may not be changed
 
 
 def _digest(tokens: list[int]) -> str:
