@@ -5,6 +5,7 @@ EXIT_FAILED = 1  # the run failed (disk full included)
 EXIT_USAGE = 2  # wrong use or bad input
 EXIT_LOST = 3  # done, but with devices lost on the way
 EXIT_INTERRUPTED = 130  # the shell's convention for SIGINT: 128 + 2
+EXIT_TERMINATED = 143  # and for SIGTERM: 128 + 15
 
 
 class HaloError(Exception):

@@ -6,9 +6,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.sampling import require_finite
 from halo_mpi.errors import HaloError, UsageError
 
@@ -34,7 +34,7 @@ EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smoll
 @click.pass_obj
 def evaluate(
     comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None, top1: Path | None
-) -> Ending:
+) -> Parting:
     """Teacher-forced perplexity of a text.
 
     The text is tokenized without special tokens and cut into consecutive windows of --context tokens. The first token of
@@ -60,7 +60,7 @@ def evaluate(
     if not session.is_root:
         session.serve()
         session.finish()
-        return session.ending
+        return session.parting
     scores, likeliest, tpot_ms = [], [], []
     session.marks.begin()
     with session.monitor:
@@ -86,7 +86,7 @@ def evaluate(
         _save(top1, np.array(likeliest, np.int32))
     if run.report:
         write_report(run.report, report)
-    return session.ending
+    return session.parting
 
 
 def _log_probability(logits: np.ndarray, token: int) -> float:

@@ -1,16 +1,20 @@
 """`python -m halo_mpi.generate`, under mpirun or alone: a model continues a text, or many."""
 
+import os
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.sampling import Sampling
-from halo_mpi.errors import UsageError
+from halo_mpi.errors import EXIT_TERMINATED, UsageError
+
+SHOWN = "HALO_MPI_SHOWN"  # set by launch/halo-mpirun when it starts a run again: so many bytes of the text were shown already
 
 EXAMPLE = (
     "Example: mpirun -x PATH -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
@@ -50,15 +54,23 @@ EXAMPLE = (
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
+@click.option(
+    "--checkpoint", "kept_in", type=click.Path(path_type=Path), envvar="HALO_MPI_CHECKPOINT", show_envvar=True,
+    help="Keep the text under way in this file, at every token, until it is finished. If it is there, the same command shows what "
+         "there was of the text and goes on with it: after a failure, a SIGTERM, or when a batch system starts the job again.",
+)  # fmt: skip
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, max_seconds: float | None, seed: int | None, **options) -> Ending:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, kept_in: Path | None, **options) -> Parting:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
-    The text goes to standard output as it is written, everything else to standard error.
+    The text goes to standard output as it is written, everything else to standard error. SIGTERM and SIGUSR1 end the run after the
+    token under way, with exit code 143; mpirun passes SIGUSR1 on to the ranks.
     """
     from halo_mpi.engine import prompts as reading
-    from halo_mpi.engine.agreement import together
+    from halo_mpi.engine.agreement import complain, together
+    from halo_mpi.engine.checkpoint import Checkpoint, Saved, read_checkpoint
+    from halo_mpi.engine.ending import in_order, left_to_the_root
     from halo_mpi.engine.report import make_report, write_report
     from halo_mpi.engine.session import Session
     from halo_mpi.engine.text import complete
@@ -73,29 +85,44 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     sampling = together(comm, check)
     session = Session(comm, run)
 
-    def read() -> tuple[list, reading.ResultFile | None]:
+    def read() -> tuple[list, reading.ResultFile | None, Saved | None, int]:
+        saved = read_checkpoint(kept_in) if kept_in else None
+        usual = replace(sampling, seed=saved.seed) if saved and seed is None else sampling
         if prompts is not None:
-            texts = reading.read_prompts(prompts, session.tokenizer, sampling, chat)
+            texts = reading.read_prompts(prompts, session.tokenizer, usual, chat)
         else:
             text = reading.read_text(prompt_file) if prompt_file else prompt
-            texts = [reading.encode_prompt(session.tokenizer, text, sampling, chat)]
+            texts = [reading.encode_prompt(session.tokenizer, text, usual, chat)]
         reading.check_context(texts, session.config.context)
-        results = reading.ResultFile(out, resume, prompts) if out else None
-        return [text for text in texts if not results or text.id not in results.done], results
+        results = reading.ResultFile(out, resume or SHOWN in os.environ, prompts) if out else None
+        done = results.done if results else set()
+        if saved and not saved.belongs(kept_in, session.store.version, texts, done):
+            saved = None
+        return [text for text in texts if text.id not in done], results, saved, usual.seed
 
-    texts, results = session.on_root(read) or ([], None)
+    texts, results, saved, seed = session.on_root(read) or ([], None, None, None)
     session.load(max((text.longest for text in texts), default=1))
     if not session.is_root:
-        session.serve()
+        with left_to_the_root():
+            session.serve()
         session.finish()
-        return session.ending
+        return session.parting
+
+    def warn(message: str) -> None:
+        session.event(message)
+        complain(message)
+
+    checkpoint = Checkpoint(kept_in, session.store.version, seed, warn)
     completions = []
-    show = _hide if results else session.monitor.above(_show)
+    show = _hide if results else session.monitor.above(_Shown(int(os.environ.get(SHOWN, 0))).show)
     session.marks.begin()
-    with session.monitor:
+    with in_order() as ending, session.monitor:
         for text in texts:
-            completion = complete(session, text.tokens, text.sampling, show, max_seconds)
+            begun = saved if saved and saved.id == text.id else None
+            completion = complete(session, text, show, checkpoint, ending, begun, max_seconds)
             completions.append(completion)
+            if completion.finish_reason == "terminated":
+                break
             if results:
                 mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
                 fields = ("text", "token_ids", "finish_reason", "ttft_ms")
@@ -109,16 +136,31 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     first = completions[0] if completions else None
     text = first.text if first and not results else None
     report = make_report(session, devices, prompt_tokens, token_ids, text, first and first.ttft_ms, tpot_ms)
-    report["seed"] = sampling.seed
+    report["seed"] = seed
+    terminated = any(completion.finish_reason == "terminated" for completion in completions)
+    report["finish_reason"] = "terminated" if terminated else first.finish_reason if first and not results else None
     _summarize(report, len(completions))
     if run.report:
         write_report(run.report, report)
-    return session.ending
+    if terminated:
+        complain("terminated" + (f"; the same command goes on with the text in {kept_in}" if kept_in else ""))
+        return replace(session.parting, exit_code=EXIT_TERMINATED)
+    checkpoint.remove()
+    return session.parting
 
 
-def _show(text: str) -> None:
-    sys.stdout.buffer.write(text.encode())
-    sys.stdout.buffer.flush()
+class _Shown:
+    """Standard output, but for the first bytes."""
+
+    def __init__(self, already: int):
+        self._already = already
+
+    def show(self, text: str) -> None:
+        data = text.encode()
+        skipped = min(self._already, len(data))
+        self._already -= skipped
+        sys.stdout.buffer.write(data[skipped:])
+        sys.stdout.buffer.flush()
 
 
 def _hide(text: str) -> None:

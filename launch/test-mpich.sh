@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the main MPI tests under MPICH instead of Open MPI, in a virtual environment of its own, .venv-mpich.
-# Arguments go to pytest; without any, the tests of ranks, failures, generate and halo-mpirun run.
+# Arguments go to pytest; without any, the tests of ranks, failures, generate, halo-mpirun and restarts run.
 set -euo pipefail
 # shellcheck source=launch/setup-venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup-venv.sh"
@@ -15,6 +15,6 @@ if [ ! -e "$venv/complete" ]; then
     (cd "$root" && install --no-build-isolation -e ".[test,mpich]")
     touch "$venv/complete"
 fi
-[ $# -gt 0 ] || set -- tests/test_ranks.py tests/test_failures.py tests/test_generate.py tests/test_halo_mpirun.py
+[ $# -gt 0 ] || set -- tests/test_ranks.py tests/test_failures.py tests/test_generate.py tests/test_halo_mpirun.py tests/test_restart.py
 cd "$root"
 PATH="$venv/bin:$PATH" exec "$venv/bin/python" -m pytest "$@"

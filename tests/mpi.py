@@ -35,6 +35,11 @@ def mpi_is_open_mpi() -> bool:
     return "Open MPI" in subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
 
 
+def mpi_tolerates() -> bool:
+    """Whether the mpirun on the PATH goes on when a rank is killed, if it is told to: Open MPI's from 5 on."""
+    return "Open MPI) 5" in subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+
+
 def mpirun_options() -> list[str]:
     """What lets any number of ranks run on this machine, as root too."""
     return ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"] if mpi_is_open_mpi() else ["-bind-to", "none"]

@@ -58,7 +58,8 @@ def with_fake(tmp_path):
         mpirun.chmod(0o755 if flavour else 0o644)
         copy = tmp_path / "launch" / "halo-mpirun"  # beside which there is no .venv
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(HALO_MPIRUN, copy)
+        for part in (HALO_MPIRUN, *HALO_MPIRUN.parent.glob("mpirun_*.py")):
+            shutil.copy(part, copy.parent)
         base_python = os.path.realpath(sys.executable)
         clean = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG")}
         return subprocess.run(
@@ -125,6 +126,13 @@ def test_own_thread_count_is_kept(with_fake):
     assert "OMP_NUM_THREADS=1" not in line and "-x OMP_NUM_THREADS" in line
 
 
+@pytest.mark.parametrize("flavour, given, times", [("Open MPI 5", [], 1), ("Open MPI 5", ["--with-ft", "none"], 1),
+                                                   ("Open MPI 4", [], 0), ("MPICH", [], 0)])  # fmt: skip
+def test_a_dead_worker_may_be_survived_where_mpi_can(with_fake, flavour, given, times):
+    line = with_fake(flavour, "--dry-run", *given, "-n", 2, "true").stdout
+    assert line.count("--with-ft") == times and ("--with-ft ulfm" in line) == (times == 1 and not given)
+
+
 def test_help_shows_an_example(with_fake):
     told = with_fake("Open MPI 5", "--help")
     assert told.returncode == 0 and "example: launch/halo-mpirun" in told.stdout
@@ -162,6 +170,8 @@ def test_hostfile_line_in_the_wrong_dialect_is_named_and_mended(with_fake, tmp_p
         (["-n"], "-n needs a value"),
         (["-n", "four", "true"], "-n four: the number of ranks"),
         (["-np", "0", "true"], "-n 0: the number of ranks"),
+        (["--grace", "long", "true"], "--grace long: give a number of seconds"),
+        (["--grace"], "give a number of seconds"),
     ],
 )
 def test_wrong_use_is_told_in_one_line(with_fake, tmp_path, arguments, message):
@@ -179,6 +189,24 @@ def test_shipped_hostfiles_are_in_their_dialects(with_fake):
     for name, flavour, ranks in (("pis.txt", "Open MPI 5", 4), ("pis-mpich.txt", "MPICH", 4), ("localhost.txt", "Open MPI 5", 4)):
         line = with_fake(flavour, "--dry-run", "-hostfile", ROOT / "hostfiles" / name, "true").stdout
         assert f"mpirun -n {ranks} " in line, name
+
+
+def test_hosts_that_answer_are_found_through_the_agent_and_cleaned(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from mpirun_hosts import hosts_that_answer
+
+    agent = tmp_path / "agent"
+    agent.write_text('#!/bin/sh\n[ $1 = up ] || exit 255\nshift\nexec /bin/sh -c "$*"\n')
+    agent.chmod(0o755)
+    mark = f"HALO_TEST_LEFT={os.getpid()}"
+    left = subprocess.Popen(["sleep", "50"], env={**os.environ, "HALO_TEST_LEFT": str(os.getpid())})
+    other = subprocess.Popen(["sleep", "50"], env={**os.environ, "HALO_TEST_LEFT": f"{os.getpid()}1"})
+    try:
+        assert hosts_that_answer(["localhost", "up", "down"], str(agent), mark, lambda: False) == {"localhost", "up"}
+        assert left.wait(timeout=5) == -signal.SIGKILL and other.poll() is None
+    finally:
+        left.kill()
+        other.kill()
 
 
 # --- real runs
@@ -249,9 +277,9 @@ def test_a_killed_run_leaves_nothing_that_a_later_one_could_stumble_over(tmp_pat
 
 
 @contextlib.contextmanager
-def start(program, ranks=2, **environ):
+def start(program, ranks=2, *options, **environ):
     """A running halo-mpirun with its standard output to read; it is interrupted if it has not ended by then."""
-    command = [sys.executable, HALO_MPIRUN, "-n", str(ranks), "python", "-c", program]
+    command = [sys.executable, HALO_MPIRUN, *options, "-n", str(ranks), "python", "-c", program]
     run = subprocess.Popen(command, env={**os.environ, **environ}, stdout=subprocess.PIPE, text=True)
     try:
         yield run
@@ -270,19 +298,36 @@ def is_alive(pid):
 
 @needs_mpirun
 @pytest.mark.mpi
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("deaf", [False, True], ids=["willing", "deaf"])
-def test_interrupt_ends_everything_within_two_seconds(number, deaf):
+def test_interrupt_ends_everything_within_two_seconds(number, code, deaf):
     ignore = "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)];" if deaf else ""
     program = f"import os, signal, time; from mpi4py import MPI; {ignore} os.write(1, b'%d\\n' % os.getpid()); time.sleep(50)"
     with start(program) as run:
         ranks = [int(run.stdout.readline()) for _ in range(2)]
         began = time.monotonic()
         run.send_signal(number)
-        assert run.wait(timeout=20) == 130
+        assert run.wait(timeout=20) == code
         assert time.monotonic() - began < 2.0
         time.sleep(0.1)
         assert not any(is_alive(pid) for pid in ranks)
+
+
+@needs_mpirun
+@pytest.mark.mpi
+@pytest.mark.parametrize("again, code", [(False, 143), (True, 130)], ids=["once", "twice"])
+def test_sigterm_waits_for_the_program_but_not_for_ever(again, code):
+    program = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: print('asked', flush=True)); print(1, flush=True)\n"
+    program += "while True: time.sleep(1)"
+    with start(program, 1, "--grace", "1000" if again else "1") as run:
+        assert run.stdout.readline() == "1\n"
+        began = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.stdout.readline() == "asked\n"
+        if again:
+            run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=20) == code
+        assert time.monotonic() - began < 4
 
 
 def test_shell_scripts_are_clean():

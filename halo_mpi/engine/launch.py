@@ -12,8 +12,18 @@ from pathlib import Path
 import click
 
 from halo_mpi import __version__
-from halo_mpi.engine.ending import Ending
-from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, UsageError, describe
+from halo_mpi.engine.ending import Terminated, end_at_once
+from halo_mpi.engine.parting import Parting
+from halo_mpi.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    HaloError,
+    UsageError,
+    describe,
+)
 from halo_mpi.wire.sockets import ask_for_two_connections
 
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
@@ -44,9 +54,10 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     comm = MPI.COMM_WORLD
     verbose = "--verbose" in arguments
     try:
-        ending = _run(comm, command, arguments, verbose)
+        end_at_once()
+        parting = _run(comm, command, arguments, verbose)
     except AgreedError as error:
-        ending = Ending(error.exit_code)
+        parting = Parting(error.exit_code)
     except RootGone:  # nobody is left who could be told
         os._exit(EXIT_FAILED)
     except KeyboardInterrupt:
@@ -54,6 +65,15 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
             complain("interrupted")
         _leave_exit_code(comm, EXIT_INTERRUPTED)
         os._exit(EXIT_INTERRUPTED)  # MPI_Finalize would wait for the others
+    except Terminated:
+        if comm.rank == 0:
+            complain("terminated")
+        if _leave_exit_code(comm, EXIT_TERMINATED):
+            os._exit(EXIT_DONE)
+        if comm.rank == 0 and comm.size > 1:  # the signal may have come to the root alone
+            time.sleep(FORWARDED_S)
+            comm.Abort(EXIT_TERMINATED)
+        os._exit(EXIT_TERMINATED)
     except BaseException as error:
         code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
         if verbose:
@@ -64,17 +84,17 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         if comm.size > 1:
             time.sleep(FORWARDED_S)
             comm.Abort(code)
-        ending = Ending(code)
+        parting = Parting(code)
     # Under halo-mpirun, which returns the code in the file, nobody tells mpirun of an orderly failure: it would add a banner.
-    code = EXIT_DONE if _leave_exit_code(comm, ending.exit_code) else ending.exit_code
-    if ending.parted:
+    code = EXIT_DONE if _leave_exit_code(comm, parting.exit_code) else parting.exit_code
+    if parting.alone:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> Ending:
+def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> Parting:
     from halo_mpi.engine.agreement import require_equal, together
     from halo_mpi.wire.messages import PROTOCOL
 
@@ -92,9 +112,9 @@ def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> E
 
     context = together(comm, parse, verbose)
     if context is None:
-        return Ending()
+        return Parting()
     with context:
-        return command.invoke(context) or Ending()
+        return command.invoke(context) or Parting()
 
 
 def _leave_exit_code(comm, code: int) -> bool:

@@ -51,6 +51,15 @@ class Sampler:
         self._banned = list(banned)
         self._random = np.random.default_rng(sampling.seed)
 
+    @property
+    def random_state(self) -> dict:
+        """What, set again, makes the same draws follow: whole numbers and names, as JSON holds them."""
+        return self._random.bit_generator.state
+
+    @random_state.setter
+    def random_state(self, state: dict) -> None:
+        self._random.bit_generator.state = state
+
     def pick(self, logits: np.ndarray, text: list[int]) -> int:
         """The next token id, for logits f32 [V] and the ids so far (prompt included), which the repetition penalty looks at.
 

@@ -18,12 +18,12 @@ import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together
-from halo_mpi.engine.ending import Ending
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import share_cores, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
+from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.planning import Basis, plan_run
 from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.replacer import Replacer
@@ -57,7 +57,7 @@ class Session:
         self.is_root = comm.rank == ROOT
         self.events: list[dict] = []
         self.tokens = 0  # generated or scored
-        self.ending = Ending()
+        self.parting = Parting()
         self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
         torch.set_grad_enabled(False)
@@ -222,21 +222,26 @@ class Session:
         self.marks.token()
         self.monitor.token()
 
+    def resumed(self, tokens: int) -> None:
+        """The root goes on with a text that has so many tokens already."""
+        self.tokens += tokens
+        self.event(f"goes on with a text after {tokens} tokens")
+
     def finish(self) -> list[dict]:
         """End the run (the root calls it when its loop is done). On the root: the devices of the report; who is gone has few figures.
 
-        `ending` tells then how to leave.
+        `parting` tells then how to leave.
         """
         self.weights.close()
         mine = self._last_words()
         if not self.is_root:
-            self.ending = Ending(parted=self.link.close(json.dumps(mine)))
+            self.parting = Parting(alone=self.link.close(json.dumps(mine)))
             self.store.close()
             return []
         words = self.link.stop(self.root.crew.gone())
         self.store.close()
         missing = set(self.link.workers) - words.keys()
-        self.ending = Ending(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, bool(missing))
+        self.parting = Parting(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, bool(missing))
         told = [mine] + [json.loads(words[rank]) if words.get(rank) else None for rank in self.link.workers]
         return [self._device(rank, device) for rank, device in enumerate(told)]
 

@@ -1,0 +1,88 @@
+"""For halo-mpirun: what to do when a job is lost, and starting it again on the hosts that still answer.
+
+Lost is a job whose mpirun was killed, or ends though rank 0 is still at work: one of its daemons was killed, with which Open MPI ends the
+job (with exit code 0). If rank 0 ended before mpirun, it was killed itself, which would happen again. But an MPI without fault tolerance
+ends rank 0 when another rank ends; there the job is lost if a host does not answer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpirun_hosts import EXIT_FAILED, LaunchError, hosts_that_answer, read_host_list, read_hostfile
+from mpirun_start import written_since
+
+MOST_RESTARTS = 3  # without a new token in between
+
+
+@dataclass
+class Restarts:
+    """The hosts of a run, and what became of them. `checkpoint`: where its text is kept; `own`: in a file that the user named."""
+
+    hosts: list
+    agent: str
+    checkpoint: Path | None
+    own: bool
+    allowed: bool
+    tolerant: bool  # the MPI goes on when a rank ends
+    left_out: bool = False
+    _count: int = 0
+    _progress: tuple | None = None
+
+    def after(self, end, mark, stopped):
+        """What to tell the user before the job is started again on `hosts`. None: mpirun's exit code is to be returned.
+
+        Raises LaunchError if it was lost and cannot go on.
+        """
+        has_text = written_since(self.checkpoint, end.began) or end.innocent and self.checkpoint and self.checkpoint.exists()
+        if not has_text:
+            if not end.innocent:
+                return None
+            raise LaunchError(
+                f"the job was lost: mpirun ended with code {end.code} before the program did; {self._advice()}", EXIT_FAILED
+            )
+        if not end.innocent and (self.tolerant or not self.hosts):
+            who = "rank 0" if self.tolerant else "a rank"
+            raise LaunchError(f"{who} was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
+        why = f"the job was lost (mpirun ended with code {end.code} before the program did)"
+        if not self.allowed:
+            raise LaunchError(f"{why}; {self._advice()}", EXIT_FAILED)
+        progress = self._read_progress()
+        self._count = 1 if progress != self._progress else self._count + 1
+        self._progress = progress
+        if self._count > MOST_RESTARTS:
+            raise LaunchError(f"{why} for the {self._count}th time without a new token; {self._advice()}", EXIT_FAILED)
+        silent = self._leave_out(mark, stopped)
+        if not (end.innocent or silent):
+            raise LaunchError(f"a rank was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
+        without = f"; left out, since they do not answer: {', '.join(silent)}" if silent else ""
+        return f"{why}{without}; going on after {progress[1]} tokens"
+
+    def _leave_out(self, mark, stopped):
+        """Forget the hosts that do not answer; their names."""
+        names = list(dict.fromkeys(host.name for host in self.hosts))
+        answered = hosts_that_answer(names, self.agent, mark, stopped)
+        silent = [name for name in names if name not in answered]
+        if silent and silent[0] == names[0]:
+            raise LaunchError(f"{names[0]}, the host of rank 0, does not answer; {self._advice()} once it does", EXIT_FAILED)
+        self.hosts = [host for host in self.hosts if host.name in answered]
+        self.left_out |= bool(silent)
+        return silent
+
+    def _advice(self):
+        if not self.own:
+            return "with --checkpoint FILE the same command could go on where it stopped"
+        return f"the same command goes on with the text in {self.checkpoint}" if self.checkpoint.exists() else "start it again"
+
+    def _read_progress(self):
+        try:
+            text = json.loads(self.checkpoint.read_text())
+            return text["id"], len(text["token_ids"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None, 0
+
+
+def hosts_of(request, mpi, hostfile_names, list_names):
+    """The hosts that the command line names, in order."""
+    files = [host for name in request.values(hostfile_names) for host in read_hostfile(name, mpi.kind)]
+    return files or [host for text in request.values(list_names) for host in read_host_list(text, mpi.kind)]
