@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.lab.run import find_mpirun, require_open_mpi_5
+from bench.lab.launch import find_mpirun, require_open_mpi_5
 from bench.lab.system import require_root_and_tools
 from bench.results import ROOT
 
