@@ -1,7 +1,7 @@
 """What each fault does to a run of generate: python -m bench.faults [--rows NAME,...] [--when MOMENT,...] [--json FILE]
 
-Four hosts in a lab, started by halo-mpirun, greedy with f32 on the wire: a fault at prefill, in the middle of a token, and while work moves. What
-the user sees, the longest wait for a token, whether the text is the undisturbed run's, the exit code, what was left running.
+Four hosts in a lab, started by halo-mpirun, greedy with f32 on the wire: a fault at prefill, in the middle of a token, and while work
+moves. What the user sees, the longest wait for a token, whether the text is the undisturbed run's, the exit code, what was left running.
 """
 
 from contextlib import ExitStack
