@@ -1,6 +1,7 @@
 """A run of generate with faults, through halo-mpirun in a lab: what became of it, and what should have."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ HOSTS = 4
 PROMPT = "Once upon a time, in a village by the sea, there lived an old dog"
 DONE, FAILED, LOST, TERMINATED = 0, 1, 3, 143
 MENDED_BY = {"link-down": "link-up", "black-hole": "heal", "stop": "continue", "reboot": "boot"}
+BANNER = re.compile(r"-{40,}\n.*?-{40,}\n", re.DOTALL)  # mpirun's, among the program's text
 NO_WORDS = ("lab: ", " prompt tokens, ", "setpgid")  # of lines that tell the user nothing
 FOR_GOOD = ("kill", "oom", "nan")
 RESTARTS = ("kill-daemon", "reboot")  # the job begins again with all hosts that answer then
@@ -53,7 +55,7 @@ def play(setting: Setting, events: list[dict], timeout_s: float, seed: int = 0) 
         text, errors = ((folder / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr"))
     if run["lab"]:
         run["lab"] |= {"links": None, "costs": None}
-    return run | {"text": text, "said": last_words(errors)}
+    return run | {"text": BANNER.sub("", text), "said": last_words(errors)}
 
 
 def program(setting: Setting, folder: Path) -> list:
