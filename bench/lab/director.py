@@ -136,7 +136,8 @@ class Director:
             return
         path = self.lab.marks / f"pace-{rank}.json"
         fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps({"pace_ms": values.pace_ms, "slowdown": values.slowdown, "spoil": host in self.spoiled}))
+        spoil = {"spoil": True} if host in self.spoiled else {}
+        fresh.write_text(json.dumps({"pace_ms": values.pace_ms, "slowdown": values.slowdown} | spoil))
         fresh.replace(path)
 
 
