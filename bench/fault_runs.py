@@ -53,6 +53,8 @@ def play(setting: Setting, events: list[dict], timeout_s: float, seed: int = 0) 
         lab += ["--record", folder / "report.lab.json", "--timeout", timeout_s, "--seed", seed]
         run = outcome([sys.executable, *lab, "--", *program(setting, folder)], folder, timeout_s + LAB_S)
         text, errors = ((folder / name).read_bytes().decode(errors="replace") for name in ("stdout", "stderr"))
+    if run["status"] == "timeout":
+        run["error"] = f"not done after {timeout_s:.0f} s"
     if run["lab"]:
         run["lab"] |= {"links": None, "costs": None}
     return run | {"text": BANNER.sub("", text), "said": last_words(errors)}
@@ -136,7 +138,7 @@ def text_of(run: dict, undisturbed: dict) -> str:
 def complaints(run: dict, undisturbed: dict, codes: set[int], relaxed: bool = False) -> list[str]:
     """What is wrong about how a run ended."""
     if run["exit_code"] == EXIT_TIMEOUT:
-        return [f"hang: {run['error']}"]
+        return [run["error"]]
     found, code, text = [], run["exit_code"], text_of(run, undisturbed)
     if code not in codes:
         found.append(f"exit code {code} instead of {told(codes)}")

@@ -62,7 +62,7 @@ def run_schedule(setting: Setting, seed: int, undisturbed: dict) -> dict:
     run = play(setting, schedule(seed, lasted_s(undisturbed)), LIMIT_S + TIMES * undisturbed["wall_s"], seed)
     codes = expected_codes(run["lab"]["events"] if run["lab"] else [], lasted_s(run))
     wrong = complaints(run, undisturbed, codes)
-    status = "ok" if not wrong else "hang" if wrong[0].startswith("hang") else "wrong"
+    status = "ok" if not wrong else "hang" if run["status"] == "timeout" else "wrong"
     return run | {
         "status": status,
         "error": "; ".join(wrong) or None,
@@ -95,7 +95,7 @@ def table(content: dict) -> Table:
 
 def again(seed: int, settings: dict) -> str:
     """The command that plays one schedule again; the moments are those of the clock, so it may end otherwise."""
-    same = f"--model {settings['path']} --tokens {settings['tokens']} --pace-ms {settings['pace_ms']:g}"
+    same = f"--model {settings['folder']} --tokens {settings['tokens']} --pace-ms {settings['pace_ms']:g}"
     return f"python -m bench.fault_schedules --runs 1 --seed {seed} {same}"
 
 
@@ -107,7 +107,7 @@ def again(seed: int, settings: dict) -> str:
 def main(model, runs, tokens, pace_ms, minutes, seed, out) -> int:
     require_lab()
     name = config_of(model).name
-    results = Results("fault_schedules", out, seed, model=name, path=str(model), runs=runs, tokens=tokens, pace_ms=pace_ms)
+    results = Results("fault_schedules", out, seed, model=name, folder=str(model), runs=runs, tokens=tokens, pace_ms=pace_ms)
     setting = Setting(model, tokens, pace_ms)
     undisturbed = undisturbed_run(setting)
 

@@ -84,11 +84,16 @@ def kind_of(moment: str) -> str:
 
 
 class Cases:
-    """Plays cells; the undisturbed runs, which come first, are what the others are judged by."""
+    """Plays cells, and first the undisturbed runs that they are judged by."""
 
     def __init__(self, setting: Setting):
         self._setting = setting
         self.undisturbed: dict[str, dict] = {}
+
+    def _undisturbed(self, kind: str, setting: Setting) -> dict:
+        if kind not in self.undisturbed:
+            self.undisturbed[kind] = play(setting, [SLOWED] if kind == "move" else [], 8 * PATIENCE_S)
+        return self.undisturbed[kind]
 
     def events(self, fault: Fault, moment: str) -> list[dict]:
         """The fault's events with their trigger."""
@@ -101,11 +106,10 @@ class Cases:
     def run(self, cell: dict) -> dict:
         name, moment = cell["fault"], cell["when"]
         setting = replace(self._setting, placement="auto") if moment == "move" else self._setting
+        undisturbed = self._undisturbed(kind_of(moment), setting)
         if name == "none":
-            run = play(setting, [SLOWED] if moment == "move" else [], 8 * PATIENCE_S)
-            self.undisturbed[moment] = run
-            return run
-        undisturbed, fault = self.undisturbed[kind_of(moment)], FAULTS[name]
+            return undisturbed
+        fault = FAULTS[name]
         if undisturbed["report"] is None:
             return undisturbed | {"status": "failed", "error": "the undisturbed run failed"}
         limit_s = PATIENCE_S + TIMES * undisturbed["wall_s"] + sum(event.get("for_s", 0) for event in fault.events)
@@ -128,7 +132,7 @@ def judged(run: dict, undisturbed: dict, fault: Fault, relaxed: bool) -> dict:
     played = [entry for entry in log if entry["action"] in {event["action"] for event in fault.events} and "failed" not in entry]
     if len(played) < len(fault.events):
         wrong.insert(0, "the fault was not played: its moment did not come, or it could not be done")
-    status = "ok" if not wrong else "hang" if wrong[0].startswith("hang") else "wrong"
+    status = "ok" if not wrong else "hang" if run["status"] == "timeout" else "wrong"
     return run | {
         "status": status,
         "error": "; ".join(wrong) or None,
