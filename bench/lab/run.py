@@ -73,6 +73,8 @@ class Run:
         variables = {"HALO_MPI_LAB_DIR": str(lab.marks)}
         if launcher == "mpirun":  # halo-mpirun has a file of its own, and ends with the code in it
             variables["HALO_MPI_EXIT_FILE"] = str(self.exit_file)
+        else:
+            variables["TMPDIR"] = str(lab.folder)  # what it leaves there when it is killed goes with the lab
         self.mpirun = subprocess.Popen(
             [lab.agent, next(iter(lab.scenario.hosts)), f"exec {line}"],
             env={**environment(), **variables},
