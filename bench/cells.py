@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.lab.run import find_mpirun, require_open_mpi_5
+from bench.lab.launch import find_mpirun, require_open_mpi_5
 from bench.lab.system import require_root_and_tools
 from bench.results import ROOT
 
@@ -18,7 +18,19 @@ END_S = 20.0  # for a lab to take itself down when told to
 EXIT_TIMEOUT = 124
 EVEN = ("--placement", "importance")  # but for what a mode says: nothing that is measured at the start decides who computes what
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
-LAB_KEYS = ("backend", "seed", "duration_s", "generation_s", "tokens", "events", "links", "costs")
+LAB_KEYS = (
+    "backend",
+    "seed",
+    "duration_s",
+    "generation_s",
+    "tokens",
+    "starts",
+    "longest_wait_s",
+    "orphans",
+    "events",
+    "links",
+    "costs",
+)
 
 
 def require_lab() -> None:
@@ -53,14 +65,14 @@ def run_locally(ranks: int, program: list, timeout_s: float) -> dict:
 
 
 def outcome(command: list, folder: Path, timeout_s: float) -> dict:
-    """What became of a command that leaves report.json (and, from a lab, report.lab.json) in the folder.
+    """What became of a command that leaves report.json (and, from a lab, report.lab.json) in the folder. Its output is left there too.
 
     status: ok | stuck (the program gave up itself, with a report) | timeout | failed; error: one line, or None.
     """
     started = time.monotonic()
     began = time.time()
-    with open(folder / "stderr", "w+") as errors:
-        code = _finish(_start(command, errors), timeout_s)
+    with open(folder / "stderr", "w+") as errors, open(folder / "stdout", "w") as output:
+        code = _finish(_start(command, output, errors), timeout_s)
         errors.seek(0)
         lines = [line for line in errors.read().splitlines() if line.strip()]
     report, lab = _read(folder / "report.json"), _read(folder / "report.lab.json")
@@ -76,10 +88,10 @@ def outcome(command: list, folder: Path, timeout_s: float) -> dict:
     return {"status": status, "error": error, "exit_code": code, "began": began, "wall_s": wall_s, "report": report, "lab": lab}
 
 
-def _start(command: list, errors) -> subprocess.Popen:
+def _start(command: list, output, errors) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": errors}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": errors}
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 

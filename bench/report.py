@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from bench import budget, estimates, load, moving, placement, quality, scaling, scenes, sorting, stress, tpot, tradeoff, unstable
+from bench import budget, estimates, fault_schedules, faults, load, moving, placement, quality, scaling, scenes, sorting, stress
+from bench import tpot, tradeoff, unstable
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -73,6 +74,8 @@ KINDS = {
     "unstable": Kind("Bad devices", unstable.table),
     "placement": Kind("Placement", placement.table),
     "moving": Kind("Moving work", moving.table),
+    "faults": Kind("Faults", faults.table),
+    "fault_schedules": Kind("Random faults", fault_schedules.table),
     "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),

@@ -53,6 +53,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A tiny model with work for each of eight ranks: eight heads, eight groups, two layers."""
+    folder = tmp_path_factory.mktemp("small")
+    write_tiny_hf(folder / "source", replace(TINY, hidden=128, heads=8, kv_heads=8, ffn=256, context=512))
+    return converted(folder / "source", folder / "small.halo", "f32")
+
+
+@pytest.fixture(scope="session")
 def deep(tmp_path_factory) -> Path:
     """A tiny model with layers between the first and the last, which are always exact."""
     folder = tmp_path_factory.mktemp("deep")

@@ -83,7 +83,7 @@ def test_a_killed_rank_is_recorded(can, tmp_path):
     can("kernel")
     before = machine_state()
     file, record = scenario_file(tmp_path, "hosts = 3\n" + event("kill", "at_s = 0.3")), tmp_path / "record.json"
-    done = run("run", file, "--marks", "--record", record, *program("lab_marks.py", 1000, 5))
+    done = run("run", file, "--no-ft", "--marks", "--record", record, *program("lab_marks.py", 1000, 5))
     written = json.loads(record.read_text())
     assert done.returncode != 0 and written["exit_code"] == done.returncode
     assert [(e["host"], e["action"]) for e in written["events"]] == [("pi2", "kill")]

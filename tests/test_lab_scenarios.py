@@ -100,3 +100,30 @@ def test_without_a_compiler_bursts_have_a_reason_and_losses_still_work(can, monk
     assert leftovers(failing.marks) == []
     with Lab(load_scenario(SCENARIOS / "loss-5.toml")) as lab:
         assert lab.links.name == "nft"
+
+
+def test_events_that_break_more_than_a_link(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text(
+        "hosts = 3\n"
+        '[[event]]\nat_token = 4\nafter_s = 0.05\nhost = "pi2"\naction = "reboot"\nvalue = 6\n'
+        '[[event]]\nat_s = 2.0\naction = "terminate"\n[[event]]\nat_phase = "prefill"\nhost = "pi3"\naction = "nan"\n'
+    )
+    assert load_scenario(file).events == (
+        Event("pi2", "reboot", 6, ("token", 4), 0.05),
+        Event("pi2", "boot", None, ("token", 4), 6.05),
+        Event("pi1", "terminate", after_s=2.0),
+        Event("pi3", "nan", trigger=("phase", "prefill")),
+    )
+
+
+@pytest.mark.parametrize("lines, said", [
+    ('at_s = 1.0\nhost = "pi1"\naction = "reboot"\nvalue = 3', "event 1: host must be another one than pi1"),
+    ('at_s = 1.0\nhost = "pi2"\naction = "reboot"', "event 1: value must be given with reboot"),
+    ('at_s = 1.0\nafter_s = 1.0\nhost = "pi2"\naction = "oom"', "event 1: after_s must be absent with at_s"),
+])  # fmt: skip
+def test_events_that_cannot_be(tmp_path, lines, said):
+    file = tmp_path / "s.toml"
+    file.write_text(f"hosts = 3\n[[event]]\n{lines}\n")
+    with pytest.raises(LabError, match=said):
+        load_scenario(file)

@@ -54,6 +54,15 @@ def test_a_change_of_pace_is_heeded(tmp_path):
     assert took(marks, 1.0) == pytest.approx(0.03, abs=0.006)
 
 
+def test_a_device_spoils_its_answers_when_the_lab_says_so(tmp_path):
+    set_pace(tmp_path, pace_ms=0, slowdown=1.0)
+    marks = Marks(tmp_path, 0)
+    assert not marks.spoils() and not Marks(None, 0).spoils() and not Marks(tmp_path, 1).spoils()
+    time.sleep(0.15)
+    set_pace(tmp_path, pace_ms=0, slowdown=1.0, spoil=True)
+    assert marks.spoils()
+
+
 def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
     marks = Marks(tmp_path, 0)
     threading.Timer(0.2, (tmp_path / "go").touch).start()

@@ -9,8 +9,9 @@ import time
 import click
 
 from bench.lab.lab import BACKENDS, Lab, existing_labs, is_owned, take_down
+from bench.lab.launch import LAUNCHERS, require_open_mpi_5
 from bench.lab.record import record, record_path, write
-from bench.lab.run import Interruption, Run, marks_progress, require_open_mpi_5
+from bench.lab.run import Interruption, Run, marks_progress
 from bench.lab.scenario import load_scenario
 from bench.lab.system import LabError, require_root_and_tools
 
@@ -75,11 +76,15 @@ def down(labs: tuple[str, ...]) -> None:
 @click.option("--record", "record_file", help="Where to write what happened; default: beside COMMAND's --json file.")
 @click.option("--marks/--no-marks", "marked", default=None,
               help="Whether COMMAND marks its progress [default: if it is halo_mpi].")  # fmt: skip
+@click.option("--launcher", type=click.Choice(LAUNCHERS), default="mpirun", show_default=True,
+              help="Who starts COMMAND: mpirun, or launch/halo-mpirun, whose exit code counts then.")  # fmt: skip
+@click.option("--ft/--no-ft", default=True, show_default=True,
+              help="mpirun: a rank that dies does not end the others.")  # fmt: skip
 @click.option("--mpirun-options", default="", help="More options for mpirun, in one word.")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0), help="End the run after so many seconds (exit code 124).")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(scenario, hosts, seed, backend, keep, record_file, marked, mpirun_options, timeout_s, command) -> None:
-    """Run COMMAND under mpirun, one rank per host, and return its exit code."""
+def run(scenario, hosts, seed, backend, keep, record_file, marked, launcher, ft, mpirun_options, timeout_s, command) -> None:
+    """Run COMMAND under mpirun or halo-mpirun, one rank per host, and return its exit code."""
     command = list(command)
     lab = Lab(load_scenario(scenario, hosts), backend, seed)
     require_root_and_tools()
@@ -88,7 +93,8 @@ def run(scenario, hosts, seed, backend, keep, record_file, marked, mpirun_option
         lab.__enter__()
         try:
             started = time.monotonic()
-            running = Run(lab, command, marks_progress(command) if marked is None else marked, shlex.split(mpirun_options))
+            marked = marks_progress(command) if marked is None else marked
+            running = Run(lab, command, marked, shlex.split(mpirun_options), launcher, ft)
             code = running.follow(interruption, timeout_s)
             for remark in running.remarks(code):
                 click.echo(f"lab: {remark}", err=True)

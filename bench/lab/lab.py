@@ -5,27 +5,42 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
-import time
 from pathlib import Path
 
 from bench.lab.kernel_links import KernelLinks, missing_for
-from bench.lab.links import INTERFACE, Conditions, Links, Names, number_of
+from bench.lab.links import INTERFACE, Conditions, Links, Names
 from bench.lab.relay_links import RelayLinks, relay_program
+from bench.lab.processes import end_processes, is_alive, network_of, parent_of, program_of, rank_of, read_pid, started_at
 from bench.lab.scenario import Scenario
 from bench.lab.system import NETNS, LabError, call, inside, pids_in, require_root_and_tools
 
 STATE = Path("/run/halo-lab")  # a folder per lab
 PREFIX = "hl"
 BACKENDS = ("auto", "kernel", "relay")
+DAEMONS = ("prted", "prterun", "mpirun")
 
-# AGENT HOST COMMAND runs COMMAND on that host, as ssh would: in its network namespace and under its own name.
+# AGENT HOST COMMAND runs COMMAND on that host, as ssh on pi1 would: in its network namespace and under its own name. A host that is cut
+# off cannot be reached, and nobody hears of what ends there until it is back.
 AGENT = """#!/bin/sh
 host=$1
 shift
-exec nsenter --net={netns}/{lab}-"$host" unshare --uts \\
-    sh -c 'echo "$1" > /proc/sys/kernel/hostname; exec sh -c "$2"' sh "$host" "$*"
+[ "$host" = pi1 ] && and_stay=exec
+enter() {{
+    $and_stay nsenter --net={netns}/{lab}-"$host" unshare --uts \\
+        sh -c 'echo "$1" > /proc/sys/kernel/hostname; exec sh -c "$2"' sh "$host" "$*"
+}}
+cut_off() {{ [ -e {away}/pi1 ] || [ -e {away}/"$host" ]; }}
+tries=0
+while [ "$host" != pi1 ] && cut_off; do
+    [ $((tries += 1)) -gt {tries} ] && {{ echo "connect to host $host: Connection timed out" >&2; exit 255; }}
+    sleep 0.1
+done
+enter "$@"
+code=$?
+while cut_off; do sleep 0.1; done
+exit $code
 """
+CONNECT_S = 3.0
 
 
 class Lab:
@@ -59,6 +74,11 @@ class Lab:
         return self.folder / "agent"
 
     @property
+    def away(self) -> Path:
+        """Has a file for every host that is cut off, for the agent."""
+        return self.folder / "away"
+
+    @property
     def hostfile(self) -> Path:
         return self.folder / "hostfile"
 
@@ -70,7 +90,8 @@ class Lab:
     def _bring_up(self) -> None:
         self.marks.mkdir()
         (self.folder / "owner").write_text(f"{os.getpid()} {started_at(os.getpid())}")
-        self.agent.write_text(AGENT.format(netns=NETNS, lab=self.names.lab))
+        self.away.mkdir()
+        self.agent.write_text(AGENT.format(netns=NETNS, lab=self.names.lab, away=self.away, tries=round(CONNECT_S / 0.1)))
         self.agent.chmod(0o755)
         self.hostfile.write_text("".join(f"{host} slots=1\n" for host in self.scenario.hosts))
         namespaces = {host: self.names.namespace(host) for host in self.scenario.hosts}
@@ -112,18 +133,32 @@ class Lab:
         """Lets changed conditions hold."""
         assert self.links is not None
         self.links.apply(self.conditions)
+        cut = self.conditions.black_holes | self.conditions.unplugged
+        for host in self.scenario.hosts:
+            if host in cut:
+                (self.away / host).touch()
+            else:
+                (self.away / host).unlink(missing_ok=True)
+
+    def host_of(self, pid: int) -> str | None:
+        """The host that a process stands on."""
+        place = network_of(pid)
+        return next((h for h in self.scenario.hosts if (NETNS / self.names.namespace(h)).stat().st_ino == place), None)
 
     def rank_on(self, host: str) -> int | None:
-        """The process of the rank on a host: as it says in its pid file, else by its environment."""
-        here = pids_in(self.names.namespace(host))
-        try:
-            pid = int((self.marks / f"rank-{number_of(host) - 1}.pid").read_text())
-            if pid in here:
-                return pid
-        except (OSError, ValueError):
-            pass
-        ranks = {pid for pid in here if is_rank(pid)}
-        return next((pid for pid in sorted(ranks) if parent_of(pid) not in ranks), None)
+        """The process of the rank on a host: of its processes that belong to a rank, the one in a pid file, else the first."""
+        ranks = {pid for pid in pids_in(self.names.namespace(host)) if rank_of(pid) is not None and is_alive(pid)}
+        told = {read_pid(file) for file in self.marks.glob("rank-*.pid")}
+        first = (pid for pid in sorted(ranks) if parent_of(pid) not in ranks)
+        return next(iter(ranks & told), None) or next(first, None)
+
+    def daemon_on(self, host: str) -> int | None:
+        """The process of MPI's daemon on a host; on the first one it is mpirun itself."""
+        return next((pid for pid in pids_in(self.names.namespace(host)) if program_of(pid) in DAEMONS and is_alive(pid)), None)
+
+    def processes(self) -> list[int]:
+        """Everything that runs on the hosts."""
+        return [pid for host in self.scenario.hosts for pid in pids_in(self.names.namespace(host)) if is_alive(pid)]
 
 
 def new_folder() -> Path:
@@ -155,34 +190,6 @@ def route(scenario: Scenario, names: Names, host: str) -> str:
     return words + (" quickack 1" if scenario.quickack else "")
 
 
-def is_rank(pid: int) -> bool:
-    try:
-        return b"\0OMPI_COMM_WORLD_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
-def process_fields(pid: int) -> list[str]:
-    """Fields of proc_pid_stat(5) from the third on: state, parent, ...; of a process that has ended: that it is dead."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ["X"] + ["0"] * 49
-
-
-def parent_of(pid: int) -> int:
-    return int(process_fields(pid)[1])
-
-
-def started_at(pid: int) -> str:
-    """In clock ticks since the machine's start; with the pid, unique."""
-    return process_fields(pid)[19]
-
-
-def is_alive(pid: int) -> bool:
-    return process_fields(pid)[0] not in "ZX"
-
-
 def is_owned(lab: str) -> bool:
     """Whether the `run` that made this lab is still at work."""
     try:
@@ -208,16 +215,3 @@ def take_down(lab: str) -> None:
         STATE.rmdir()
     except OSError:
         pass  # other labs
-
-
-def end_processes(namespace: str) -> None:
-    deadline = time.monotonic() + 10
-    while pids := [pid for pid in pids_in(namespace) if is_alive(pid)]:
-        if time.monotonic() > deadline:
-            raise LabError(f"processes {pids} in {namespace} do not end")
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        time.sleep(0.02)

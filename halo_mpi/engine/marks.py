@@ -2,7 +2,8 @@
 
 Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines generation-begin, phase NAME,
 token N and generation-end; from every rank `rank-R.pid`. From the lab: `go` and `calm`, for which rank 0 waits after the first and
-the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f}, which may change at any time. Without a lab nothing happens.
+the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "spoil": true, which may change at any time. Without a lab
+nothing happens.
 """
 
 import json
@@ -78,6 +79,11 @@ class Marks:
             except OSError:
                 pass  # the lab sets no pace
         return self._pace
+
+    def spoils(self) -> bool:
+        """Whether the lab wants this rank to answer with NaN, as a device with broken memory might."""
+        pace = self.current_pace()
+        return pace is not None and pace.get("spoil", False)
 
     def _write(self, line: str, answer: str | None = None) -> None:
         if self._folder is None or self._rank != 0:
