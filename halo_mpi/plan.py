@@ -13,7 +13,7 @@ from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.shapes import SHAPES
 from halo_mpi.schedule.devices import read_devices
-from halo_mpi.schedule.shown import as_json, print_plan
+from halo_mpi.schedule.shown import as_json, losses_as_json, print_plan
 
 EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo"
 
@@ -73,7 +73,7 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, context
         if not session.is_root:
             return
     if wanted:
-        click.echo(json.dumps(as_json(config, cluster, work, advice)))
+        click.echo(json.dumps(as_json(config, cluster, work, advice) | losses_as_json(cluster, work)))
     else:
         print_plan(config, cluster, work, advice)
 

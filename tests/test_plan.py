@@ -1,7 +1,6 @@
 """The cost model, the shares that it leads to, and `plan`."""
 
 import json
-import re
 from dataclasses import replace
 from itertools import product
 
@@ -9,13 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halo_mpi.errors import InputError, MemoryBudgetError
+from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.shapes import SHAPES
 from halo_mpi.model.sizes import cache_bytes, head_shapes, part_shapes, shape_bytes, trunk_bytes
 from halo_mpi.schedule.advice import advise
 from halo_mpi.schedule.cost import Cluster, Device, Reads, sync_cost, token_cost
-from halo_mpi.schedule.devices import read_devices
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.schedule.reading import reading_of
 from halo_mpi.schedule.residence import reside
@@ -213,85 +211,6 @@ def test_a_disk_without_the_shard_keeps_a_rank_from_its_measured_share():
     advice = advise(Cluster([Device("pi", 10, 10), Device("hot", 100, 100)]), Work.of(SMOLLM2, 512), False)
     plan = make_plan(SMOLLM2, "auto", available, None, advice)
     assert set(plan.groups(1)[0]) == available[1]["ffn"]
-
-
-DEVICES = {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"},
-                       {"name": "pi4", "count": 3, "speed": 2.0, "link_ms": 0.4, "mbit": 100, "loss": 0.02}]}  # fmt: skip
-
-
-def devices_file(folder, content):
-    path = folder / "devices.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def test_a_file_of_devices(tmp_path):
-    cluster = read_devices(devices_file(tmp_path, DEVICES), SMOLLM2, 512)
-    root, worker = cluster.devices[0], cluster.devices[3]
-    assert len(cluster.devices) == 4 and root.memory == 6 * 2**30 and worker.memory is None
-    assert root.ffn_ms == pytest.approx(4 * 3 * 576 * 1536 / 8e6) and worker.ffn_ms == pytest.approx(4 * root.ffn_ms)
-    assert cluster.head_ms == pytest.approx(4 * 576 * 49152 / 8e6)
-    assert cluster.further_ms == 0 and worker.link_ms == pytest.approx(0.4 + 2 * 8 * 1168 / 1e5)
-    assert worker.late_rate == pytest.approx(2 * 0.02**2, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "content, part",
-    [
-        ("{", "no JSON file"),
-        ([], 'must be {"devices"'),
-        ({"devices": []}, 'must be {"devices"'),
-        ({"devices": [{"speed": 1}], "more": 1}, 'must be {"devices"'),
-        ({"devices": [{"speed": 1, "sped": 1}]}, r"device 0: \['sped'\] is unknown"),
-        ({"devices": [{"speed": 1}, {}]}, "device 1 needs a speed"),
-        ({"devices": [{"speed": 0}]}, "speed '0' is not a number from"),
-        ({"devices": [{"speed": "fast"}]}, "speed 'fast' is not a number"),
-        ('{"devices": [{"speed": NaN}]}', "speed 'nan' is not a number"),
-        ({"devices": [{"speed": 10**400}]}, "speed '1000.*' is not a number"),
-        ({"devices": [{"speed": 1, "loss": 2}]}, "loss '2' is not a number from 0 to 1"),
-        ({"devices": [{"speed": 1, "late_rate": 0.1, "loss": 0.1}]}, "either loss or late_rate"),
-        ({"devices": [{"attention_ms": 0, "ffn_ms": 0}]}, "attention_ms '0' is not"),
-        ({"devices": [{"speed": 1, "count": True}]}, "count True is not"),
-        ({"devices": [{"speed": 1, "count": 4000}] * 2}, "more than 4096 devices"),
-        ({"devices": [{"speed": 1, "read_gbps": 0}]}, "read_gbps '0' is not a number from"),
-        ({"devices": [{"speed": 1, "memory": "much"}]}, "memory 'much' is not a size"),
-        ({"model": "another", "devices": [{"speed": 1}]}, "has the times of another"),
-    ],
-)
-def test_a_wrong_file_of_devices_is_told(tmp_path, content, part):
-    with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ".*" + part):
-        read_devices(devices_file(tmp_path, content), SMOLLM2, 512)
-
-
-def test_hundreds_of_devices_and_a_model_that_is_not_on_disk(tmp_path):
-    content = {
-        "devices": [{"speed": 8, "memory": "8G"}, {"count": 299, "speed": 3, "memory": "4G", "link_ms": 1}],
-        "further_ms": 0.001,
-    }
-    options = ("--shape", "llama-2-70b", "--devices", devices_file(tmp_path, content), "--json")
-    planned = json.loads(succeed(halo(1, "plan", *options)).out)
-    chosen = planned["options"][planned["chosen"]]
-    assert len(planned["devices"]) == 300 and sum(chosen["heads"]) == 64 and sum(chosen["groups"]) == 28672 // 128
-    assert "root alone" not in planned["options"]
-
-
-def test_what_plan_prints_as_json_is_a_file_of_devices(tmp_path):
-    first = succeed(halo(1, "plan", "--shape", "tinyllama", "--devices", devices_file(tmp_path, DEVICES), "--json")).out
-    again = succeed(halo(1, "plan", "--shape", "tinyllama", "--devices", devices_file(tmp_path, first), "--json")).out
-    assert json.loads(again) == json.loads(first)
-
-
-def test_what_is_read_is_shown_and_read_again(tmp_path):
-    content = {"devices": [{"speed": 8}, {"speed": 8, "memory": "200M", "read_gbps": 4}]}
-    options = ("--shape", "tinyllama", "--devices", devices_file(tmp_path, content))
-    table = succeed(halo(1, "plan", *options)).out
-    first = succeed(halo(1, "plan", *options, "--json")).out
-    again = succeed(halo(1, "plan", "--shape", "tinyllama", "--devices", devices_file(tmp_path, first), "--json")).out
-    planned = json.loads(first)
-    chosen = planned["options"][planned["chosen"]]
-    assert planned == json.loads(again) and planned["devices"][1]["read_gbps"] == 4
-    assert chosen["read_bytes"][0] == 0 < chosen["read_bytes"][1] and chosen["bytes"][1] <= 200 * 2**20
-    assert "read" in table and f"│{chosen['read_bytes'][1] / 2**20:.0f}│" in table
 
 
 @mpi

@@ -11,6 +11,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.advice import WORTH, Advice
 from halo_mpi.schedule.candidates import Shares
 from halo_mpi.schedule.cost import KINDS, Cluster, Cost, share_ms
+from halo_mpi.schedule.losses import losses_of_one, most_lost
 from halo_mpi.schedule.reading import Reading, reading_of, room
 from halo_mpi.schedule.work import Work
 
@@ -39,6 +40,11 @@ def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -
     }
 
 
+def losses_as_json(cluster: Cluster, work: Work) -> dict:
+    """What the loss of workers would mean."""
+    return {"losses": [asdict(loss) for loss in losses_of_one(cluster, work)], "may_lose": most_lost(cluster, work)}
+
+
 def _option(shares: Shares, read: list[Reading]) -> dict:
     cost = shares.cost
     return {
@@ -65,7 +71,7 @@ def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice
     for line in _parts(shares.cost, cluster):
         console.print(line, markup=False)
     console.print(_options(advice))
-    for line in _reasons(cluster, work, shares, advice):
+    for line in [*_reasons(cluster, work, shares, advice), *_losses(cluster, work)]:
         console.print(line, markup=False)
 
 
@@ -137,6 +143,20 @@ def _reasons(cluster: Cluster, work: Work, shares: Shares, advice: Advice) -> li
     if ranks > MOST_ROWS:
         lines.append(f"The table has the first {MOST_ROWS} of {ranks} devices; --json has all.")
     return lines
+
+
+def _losses(cluster: Cluster, work: Work) -> list[str]:
+    losses, workers = losses_of_one(cluster, work), len(cluster.devices) - 1
+    if not losses:
+        return []
+    needed = sorted(rank for loss in losses if loss.tpot_ms is None for rank in loss.ranks)
+    if needed:
+        return [f"Without {_named(needed)} nothing goes on: the others' memory or disks do not hold its part."]
+    worst, count = max(losses, key=lambda loss: loss.tpot_ms), most_lost(cluster, work)
+    any_of = "any one of " if len(worst.ranks) > 1 else ""
+    at_once = "all of them" if count == workers else f"any {count} of them"
+    return [f"One worker may be lost: a token takes at most {worst.tpot_ms:.1f} ms then (without {any_of}{_named(worst.ranks)}). "
+            f"So may {at_once}."]  # fmt: skip
 
 
 def _named(ranks: Sequence[int]) -> str:
