@@ -16,7 +16,8 @@ from bench.results import ROOT
 LAB_S = 60.0  # to bring a lab up and take it down, at most
 END_S = 20.0  # for a lab to take itself down when told to
 EXIT_TIMEOUT = 124
-EVEN = ("--placement", "importance")  # but for what a mode says: nothing that is measured at the start decides who computes what
+# But for what a mode says: nothing that is measured decides who computes what, and whoever is late is waited for.
+EVEN = ("--placement", "importance", "--takeover-ms", "0")
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 LAB_KEYS = (
     "backend",

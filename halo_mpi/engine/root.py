@@ -86,6 +86,7 @@ class Root:
         self._text[position:] = tokens
         if position == 0:
             self.crew.begin_text(wait_for_all=not (self.rescue and self.rescue.silent_s))
+        self._link.touch()
         while True:
             try:
                 self.crew.notice()

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeVar
 
+import click
 import psutil
 import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together
 from halo_mpi.engine.history import history_bytes
-from halo_mpi.engine.machine import share_cores, this_machine
+from halo_mpi.engine.machine import mpi_name, share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
@@ -116,6 +117,7 @@ class Session:
                 weights.vocabulary,
                 self.keeps,
             )
+            self._say_what_is_not_survived()
             if self.comm.size > 1:
                 root, silent_s = self.root, self.run.sync.takeover_ms / 1e3
                 root.rescue = Rescue(disks, silent_s, root.crew, root.mover, self.link, self.event, self.marks.phase)
@@ -157,6 +159,14 @@ class Session:
                 self.link.wait()
             self.link.close()
         self.store.close()
+
+    def _say_what_is_not_survived(self) -> None:
+        if self.ranks_on_host < self.comm.size and self.run.sync.takeover_ms and not survives_ends():
+            what = "a rank whose process ends will end the run"
+            if mpi_name().startswith("Open MPI 5"):
+                what += ": mpirun was started without --with-ft ulfm, which launch/halo-mpirun adds"
+            self.event(what)
+            click.echo(f"halo-mpi: {what}", err=True)
 
     @property
     def kept_bytes(self) -> int:

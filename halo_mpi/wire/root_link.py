@@ -15,6 +15,7 @@ from halo_mpi.wire.polling import Waiter
 KICKS_BEFORE_BACKOFF = 4
 KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
+TOUCH_S = 30.0  # between two messages that only tell that the root is there
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
 LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
@@ -68,7 +69,7 @@ class RootLink:
         self.workers = workers
         self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
         self.failures: dict[int, str] = {}  # workers that say, or show, that they cannot do their part, and why
-        self.seq = 0
+        self.seq, self._touched_at = 0, 0.0
         for rank in workers:
             self._ping(rank)
 
@@ -215,6 +216,14 @@ class RootLink:
         """Send a kick whose answer will tell that the worker has taken in everything sent before."""
         self._mailbox.post([rank], Kind.KICK, self.seq)
         self.peers[rank].kicks_in_flight += 1
+
+    def touch(self) -> None:
+        """Let everybody hear something now and then, who has nothing to do too: that the root is there."""
+        now = self.waiter.now()
+        if now - self._touched_at > TOUCH_S:
+            self._touched_at = now
+            for rank in self.workers:
+                self._mailbox.post([rank], Kind.TRAILER, self.seq)
 
     def stop(self, unheard: set[int]) -> dict[int, str]:
         """Tell all workers to leave their request loop, and let go of MPI's requests; the last words of those who answered, by rank.

@@ -12,6 +12,7 @@ from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message, text_rows
 from halo_mpi.wire.polling import Waiter
 
+ALONE_S = 900.0  # without a word of the root; Linux gives a connection up after as long
 UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
 
 
@@ -44,6 +45,7 @@ class WorkerLink:
         self._oldest_useful = self._epoch = self._done = 0
         self._stopped, self._pings = False, 0
         self._leave: bool | None = None
+        self._heard_at = self._waiter.now()
         self._before_echo: Callable[[], None] | None = None
 
     @property
@@ -64,12 +66,14 @@ class WorkerLink:
         return self._queue.popleft() if self._queue else None
 
     def hear(self) -> None:
-        """Take in what has come, and answer pings and kicks. Raises RootGone if the root's process has ended."""
+        """Take in what has come, and answer pings and kicks. Raises RootGone if the root has ended, or was silent for very long."""
+        now = self._waiter.now()
         for _, message in self._mailbox.poll():
             self._waiter.heard()
+            self._heard_at = now
             self._take(message)
-        if self._mailbox.ended:
-            raise RootGone("the root's process has ended")
+        if self._mailbox.ended or now - self._heard_at > ALONE_S:
+            raise RootGone("the root is gone")
 
     def is_current(self, request: Request) -> bool:
         """Whether the request belongs to the text that is worked at."""
