@@ -8,7 +8,7 @@ import numpy as np
 
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
-from halo_mpi.engine.parting import Parting
+from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import require_finite
 from halo_mpi.errors import HaloError, UsageError
 
@@ -77,16 +77,19 @@ def evaluate(
     session.marks.end()
     perplexity = float(np.exp(-np.mean(scores)))
     devices = session.finish()
-    click.echo(f"perplexity {perplexity:.4f} over {len(scores)} scored tokens")
-    report = make_report(session, devices, len(ids), [], None, None, tpot_ms, perplexity)
-    report["scored_tokens"] = len(scores)
-    if logprobs:
-        _save(logprobs, np.array(scores, np.float32))
-    if top1:
-        _save(top1, np.array(likeliest, np.int32))
-    if run.report:
-        write_report(run.report, report)
-    return session.parting
+
+    def tell() -> None:
+        click.echo(f"perplexity {perplexity:.4f} over {len(scores)} scored tokens")
+        report = make_report(session, devices, len(ids), [], None, None, tpot_ms, perplexity)
+        report["scored_tokens"] = len(scores)
+        if logprobs:
+            _save(logprobs, np.array(scores, np.float32))
+        if top1:
+            _save(top1, np.array(likeliest, np.int32))
+        if run.report:
+            write_report(run.report, report)
+
+    return after(session.parting, tell)
 
 
 def _log_probability(logits: np.ndarray, token: int) -> float:

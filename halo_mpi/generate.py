@@ -1,18 +1,24 @@
 """`python -m halo_mpi.generate`, under mpirun or alone: a model continues a text, or many."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import RunOptions, run_options
-from halo_mpi.engine.parting import Parting
+from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import EXIT_TERMINATED, UsageError
+
+if TYPE_CHECKING:
+    from halo_mpi.engine.session import Session
 
 SHOWN = "HALO_MPI_SHOWN"  # set by launch/halo-mpirun when it starts a run again: so many bytes of the text were shown already
 
@@ -71,7 +77,6 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     from halo_mpi.engine.agreement import complain, together
     from halo_mpi.engine.checkpoint import Checkpoint, Saved, read_checkpoint
     from halo_mpi.engine.ending import in_order, left_to_the_root
-    from halo_mpi.engine.report import make_report, write_report
     from halo_mpi.engine.session import Session
     from halo_mpi.engine.text import complete
 
@@ -130,23 +135,30 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         show("\n")
     session.marks.end()
     devices = session.finish()
-    token_ids = [token for completion in completions for token in completion.token_ids]
-    tpot_ms = [sample for completion in completions for sample in completion.tpot_ms]
-    prompt_tokens = sum(len(text.tokens) for text in texts)
-    first = completions[0] if completions else None
-    text = first.text if first and not results else None
-    report = make_report(session, devices, prompt_tokens, token_ids, text, first and first.ttft_ms, tpot_ms)
-    report["seed"] = seed
     terminated = any(completion.finish_reason == "terminated" for completion in completions)
-    report["finish_reason"] = "terminated" if terminated else first.finish_reason if first and not results else None
-    _summarize(report, len(completions))
-    if run.report:
-        write_report(run.report, report)
+    parting = after(session.parting, lambda: _tell(session, devices, texts, completions, seed, bool(results)))
     if terminated:
         complain("terminated" + (f"; the same command goes on with the text in {kept_in}" if kept_in else ""))
-        return replace(session.parting, exit_code=EXIT_TERMINATED)
+        return replace(parting, exit_code=EXIT_TERMINATED)
     checkpoint.remove()
-    return session.parting
+    return parting
+
+
+def _tell(session: Session, devices: list[dict], texts: list, completions: list, seed: int, many: bool) -> None:
+    """Say on standard error, and in the report, what came of the run."""
+    from halo_mpi.engine.report import make_report, write_report
+
+    token_ids = [token for completion in completions for token in completion.token_ids]
+    tpot_ms = [sample for completion in completions for sample in completion.tpot_ms]
+    first = completions[0] if completions else None
+    report = make_report(session, devices, sum(len(text.tokens) for text in texts), token_ids, None if many or not first else first.text,
+                         first and first.ttft_ms, tpot_ms)  # fmt: skip
+    report["seed"] = seed
+    reasons = {completion.finish_reason for completion in completions}
+    report["finish_reason"] = "terminated" if "terminated" in reasons else None if many or not first else first.finish_reason
+    _summarize(report, len(completions))
+    if session.run.report:
+        write_report(session.run.report, report)
 
 
 class _Shown:

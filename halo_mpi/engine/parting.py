@@ -1,8 +1,9 @@
 """How a rank leaves a run that is done."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from halo_mpi.errors import EXIT_DONE
+from halo_mpi.errors import EXIT_DONE, HaloError
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,3 +12,15 @@ class Parting:
 
     exit_code: int = EXIT_DONE
     alone: bool = False
+
+
+def after(parting: Parting, step: Callable[[], None]) -> Parting:
+    """What only the root has to do when the others have left. Nobody need be ended if it fails: that is told, and is the exit code."""
+    from halo_mpi.engine.agreement import complain
+
+    try:
+        step()
+    except HaloError as error:
+        complain(str(error))
+        return replace(parting, exit_code=error.exit_code)
+    return parting

@@ -248,10 +248,11 @@ class Session:
             self.parting = Parting(alone=self.link.close(json.dumps(mine)))
             self.store.close()
             return []
-        words = self.link.stop(self.root.crew.gone())
+        alone = survives_ends()  # MPI's end would wait for a rank that ends meanwhile, and for ever if the root fails after it
+        words = self.link.stop(self.root.crew.gone(), alone)
         self.store.close()
         missing = set(self.link.workers) - words.keys()
-        self.parting = Parting(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, bool(missing))
+        self.parting = Parting(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, alone or bool(missing))
         told = [mine] + [json.loads(words[rank]) if words.get(rank) else None for rank in self.link.workers]
         return [self._device(rank, device) for rank, device in enumerate(told)]
 

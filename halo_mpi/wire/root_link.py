@@ -225,14 +225,14 @@ class RootLink:
             for rank in self.workers:
                 self._mailbox.post([rank], Kind.TRAILER, self.seq)
 
-    def stop(self, unheard: set[int]) -> dict[int, str]:
+    def stop(self, unheard: set[int], alone: bool = False) -> dict[int, str]:
         """Tell all workers to leave their request loop, and let go of MPI's requests; the last words of those who answered, by rank.
 
-        `unheard`: for these nobody waits long.
+        `unheard`: for these nobody waits long. `alone`: the ranks part without MPI's own end even if all are there.
         """
         self._mailbox.post(self.workers, Kind.STOP, self.seq + 1)
         words = self._last_words(set(self.workers), unheard)
-        alone = len(words) < len(self.workers)
+        alone = alone or len(words) < len(self.workers)
         self._mailbox.post(list(words), Kind.STOP, self.seq + 2, lag=int(alone))
         self._last_words(set(words), set(), kicks=False)  # nothing is under way any more, for a run that may follow
         self._mailbox.close()
