@@ -14,7 +14,6 @@ from pathlib import Path
 import h5py
 
 from bench.cells import EXIT_TIMEOUT, LAB_S, outcome, toml
-from halo_mpi.generate import generate
 
 HOSTS = 4
 PROMPT = "Once upon a time, in a village by the sea, there lived an old dog"
@@ -39,7 +38,8 @@ class Setting:
     mode: str = "strict"
     placement: str = "importance"
     options: tuple[str, ...] = ()
-    prompts: Path | None = None  # instead of PROMPT
+    prompt: str = PROMPT
+    prompts: Path | None = None  # instead
     damaged: Path | None = None  # what pi3 has instead of the model
 
 
@@ -61,21 +61,14 @@ def play(setting: Setting, events: list[dict], timeout_s: float, seed: int = 0) 
 
 
 def program(setting: Setting, folder: Path) -> list:
-    source = ["--prompts", setting.prompts] if setting.prompts else ["--prompt", PROMPT]
+    source = ["--prompts", setting.prompts] if setting.prompts else ["--prompt", setting.prompt]
     options = ["--placement", setting.placement, "--sync", setting.mode, "--wire", "f32", "--ignore-eos"]
-    options += [*source, "--max-tokens", setting.tokens, "--json", folder / "report.json"]
-    if knows("--checkpoint"):
-        options += ["--checkpoint", folder / "checkpoint"]
+    options += [*source, "--max-tokens", setting.tokens, "--json", folder / "report.json", "--checkpoint", folder / "checkpoint"]
     python = ["python", "-m", "halo_mpi.generate", *options, *setting.options]
     if setting.damaged is None:
         return [*python, "--model", setting.model]
     choose = 'if [ "$(hostname)" = pi3 ]; then model=$1; else model=$2; fi; shift 2; exec "$@" --model "$model"'
     return ["sh", "-c", choose, "sh", setting.damaged, setting.model, *python]
-
-
-def knows(option: str) -> bool:
-    """Whether generate has this option."""
-    return any(option in parameter.opts for parameter in generate.params)
 
 
 def last_words(errors: str) -> str | None:

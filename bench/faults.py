@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import click
 
 from bench.cells import require_lab
-from bench.fault_runs import DONE, FAILED, LOST, Setting, complaints, damaged_copy, expected_codes, full_disk, knows, lasted_s
+from bench.estimates import NOVEL
+from bench.fault_runs import DONE, FAILED, LOST, PROMPT, Setting, complaints, damaged_copy, expected_codes, full_disk, lasted_s
 from bench.fault_runs import play, prompts_file, text_of, told
 from bench.modes import Names
 from bench.results import Results, run_benchmark, shared_options
@@ -73,7 +74,7 @@ FAULTS = {
 def cells(rows: tuple[str, ...], when: tuple[str, ...]) -> list[dict]:
     """The undisturbed runs first."""
     faults = [{"fault": row, "when": moment} for row in rows for moment in FAULTS[row].moments
-              if (moment in when or moment == "start") and (not FAULTS[row].full or knows(FAULTS[row].full))]  # fmt: skip
+              if (moment in when or moment == "start")]  # fmt: skip
     needed = {kind_of(cell["when"]) for cell in faults}
     return [{"fault": "none", "when": moment} for moment in ("token", "move") if moment in needed] + faults
 
@@ -176,13 +177,14 @@ def table(content: dict) -> Table:
 @click.option("--when", type=Names(MOMENTS), default=",".join(MOMENTS), show_default=True)
 @click.option("--mode", type=click.Choice(["strict", "relaxed"]), default="strict", show_default=True)
 @click.option("--tokens", type=click.IntRange(8), default=128, show_default=True, help="Of each text.")
+@click.option("--words", type=click.IntRange(0), default=0, show_default=True, help="Of a novel, before the usual prompt.")
 @shared_options("pace", "minutes", "json", minutes=60)
-def main(model, rows, when, mode, tokens, pace_ms, minutes, out) -> int:
+def main(model, rows, when, mode, tokens, words, pace_ms, minutes, out) -> int:
     require_lab()
-    results = Results(
-        "faults", out, 0, model=config_of(model).name, rows=rows, when=when, mode=mode, tokens=tokens, pace_ms=pace_ms
-    )
-    cases = Cases(Setting(model, tokens, pace_ms, mode))
+    about = {"rows": rows, "when": when, "mode": mode, "tokens": tokens, "words": words, "pace_ms": pace_ms}
+    results = Results("faults", out, 0, model=config_of(model).name, **about)
+    before = NOVEL.read_text().split()[:words]
+    cases = Cases(Setting(model, tokens, pace_ms, mode, prompt=" ".join([*before, PROMPT])))
     measure([[cell] for cell in cells(rows, when)], cases.run, line_of, lambda _: 40, minutes, results)
     table(results.content).print()
     return 0 if results.content["complete"] and all(run["status"] == "ok" for run in results.runs) else 1

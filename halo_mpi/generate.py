@@ -113,11 +113,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         session.finish()
         return session.parting
 
-    def warn(message: str) -> None:
-        session.event(message)
-        complain(message)
-
-    checkpoint = Checkpoint(kept_in, session.store.version, seed, warn)
+    checkpoint = Checkpoint(kept_in, session.store.version, seed, session.warn)
     completions = []
     show = _hide if results else session.monitor.above(_Shown(int(os.environ.get(SHOWN, 0))).show)
     session.marks.begin()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ EVEN = ("--placement", "importance")
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run ended. `complaints` are the program's own lines on standard error that say what went wrong."""
+    """How a run ended. `complaints` are the program's own lines on standard error that say what went wrong, without its warnings."""
 
     code: int
     out: str
@@ -25,7 +26,7 @@ class Finished:
 
     @property
     def complaints(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("halo-mpi: ")]
+        return [line for line in self.err.splitlines() if re.match("halo-mpi: (?!warning: )", line)]
 
 
 def mpi_is_open_mpi() -> bool:

@@ -141,8 +141,9 @@ class Simulation:
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
         trunk = load_trunk(store, config)
         keeps = sync.mode == "relaxed" if keeps is None else keeps
+        note = self.notes.append
         self.root = root = Root(
-            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, self.notes.append, predictor, None, keeps
+            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, note, note, predictor, None, keeps
         )
         if sync.takeover_ms:
             silent_s = sync.takeover_ms / 1e3

@@ -27,6 +27,11 @@ def complain(message: str) -> None:
     print(f"halo-mpi: {message}", file=sys.stderr, flush=True)
 
 
+def warn(message: str) -> None:
+    """Print one line about something that the run survives, on standard error."""
+    complain(f"warning: {message}")
+
+
 def together(comm: MPI.Comm, step: Callable[[], T], verbose: bool = False) -> T:
     """Run `step` on every rank (collective) and return its result.
 

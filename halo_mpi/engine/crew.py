@@ -68,8 +68,9 @@ class WorkersGone(Exception):
 class Crew:
     """`history`: keeps what attention workers that were away, or get other heads, must be sent; None: nobody ever is or does."""
 
-    def __init__(self, plan: Plan, link: RootLink, history: AttentionInputs | None, outage_s: float, note: Callable[[str], None]):
-        self._link, self._outage_s, self._note = link, outage_s, note
+    def __init__(self, plan: Plan, link: RootLink, history: AttentionInputs | None, outage_s: float, note: Callable[[str], None],
+                 warn: Callable[[str], None]):  # fmt: skip
+        self._link, self._outage_s, self._note, self._warn = link, outage_s, note, warn
         self._left_at: dict[int, float] = {}  # behind or away
         self._away: set[int] = set()
         self._lost: dict[int, str] = {}  # as the report has it
@@ -126,7 +127,7 @@ class Crew:
             self._left_at.setdefault(rank, link.waiter.now())
             self._away.add(rank)
             link.excuse(rank)
-            self._note(f"rank {rank} is {state}: {why}")
+            self._warn(f"rank {rank} is {state}: {why}")
         return set(new)
 
     def lost(self) -> set[int]:

@@ -41,9 +41,10 @@ class Rescue:
 
         Raises HaloError if they cannot take it: no shard, no memory.
         """
-        begin, full, heads = self._link.waiter.now(), set(), self._mover.plan.query
+        begin, full, heads, taken = self._link.waiter.now(), set(), self._mover.plan.query, set()
         self._phase("re-placement")
         while gone := self.have_work(self._crew.done_without()):
+            taken |= gone
             plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | full, self._disks)
             try:
                 full.add(self._at_once(plan, position, epoch))
@@ -52,7 +53,8 @@ class Rescue:
         self._without |= self._crew.done_without()
         counts = self._mover.plan.counts(self._link.ranks)
         took_s = self._link.waiter.now() - begin
-        self._note(f"others took the work over in {took_s:.2f} s: heads {counts[0]}, groups {counts[1]} by rank")
+        whose = f"rank {', '.join(map(str, sorted(taken)))}"
+        self._note(f"the work of {whose} was taken over in {took_s:.2f} s: heads {counts[0]}, groups {counts[1]} by rank")
         return self._crew.history is not None or not position or np.array_equal(heads, self._mover.plan.query)
 
     def before_token(self, position: int, epoch: int) -> None:

@@ -44,13 +44,13 @@ class Root:
     the rounding of other sums when work moves.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
-    `note` is told when a worker is left behind or comes back, and when work moves. `vocabulary`: unless the trunk holds it. `keeps`:
-    the inputs of attention, for workers that were away or get other heads.
+    `note` is told when a worker is left behind or comes back, and when work moves, `warn` when one is lost. `vocabulary`: unless
+    the trunk holds it. `keeps`: the inputs of attention, for workers that were away or get other heads.
     """
 
     def __init__(self, config: ModelConfig, trunk: Trunk, holdings: Holdings, plan: Plan, link: RootLink, marks: Marks,
-                 sync: SyncOptions, context: int, note: Callable[[str], None], predictor: Predictor,
-                 vocabulary: ReadVocabulary | None = None, keeps: bool = False):  # fmt: skip
+                 sync: SyncOptions, context: int, note: Callable[[str], None], warn: Callable[[str], None],
+                 predictor: Predictor, vocabulary: ReadVocabulary | None = None, keeps: bool = False):  # fmt: skip
         self._config, self._trunk, self._holdings, self._link, self._marks = config, trunk, holdings, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
@@ -59,7 +59,7 @@ class Root:
         history = None
         if link.workers and keeps:
             history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire)
-        self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note)
+        self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note, warn)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
         self.rescue: Rescue | None = None

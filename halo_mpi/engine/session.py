@@ -7,18 +7,18 @@ Every step is taken together: a failure on one rank ends all with one line from 
 """
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-import click
 import psutil
 import torch
 from mpi4py import MPI
 
-from halo_mpi.engine.agreement import AgreedError, require_equal, together
+from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.machine import mpi_name, share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
@@ -113,6 +113,7 @@ class Session:
                 self.run.sync,
                 self.context,
                 self.event,
+                self.warn,
                 predictor,
                 weights.vocabulary,
                 self.keeps,
@@ -120,7 +121,7 @@ class Session:
             self._say_what_is_not_survived()
             if self.comm.size > 1:
                 root, silent_s = self.root, self.run.sync.takeover_ms / 1e3
-                root.rescue = Rescue(disks, silent_s, root.crew, root.mover, self.link, self.event, self.marks.phase)
+                root.rescue = Rescue(disks, silent_s, root.crew, root.mover, self.link, self.warn, self.marks.phase)
             if self._may_move() and self.keeps and basis and not streams:  # what is read at every token does not move
                 self.root.replacer = self._replacer(basis, disks)
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
@@ -165,8 +166,7 @@ class Session:
             what = "a rank whose process ends will end the run"
             if mpi_name().startswith("Open MPI 5"):
                 what += ": mpirun was started without --with-ft ulfm, which launch/halo-mpirun adds"
-            self.event(what)
-            click.echo(f"halo-mpi: {what}", err=True)
+            self.warn(what)
 
     @property
     def kept_bytes(self) -> int:
@@ -271,6 +271,11 @@ class Session:
         """Note something for the report, with the time since start-up and the tokens that were there."""
         t_s = round(time.perf_counter() - self.begin, 3)
         self.events.append({"t_s": t_s, "rank": self.comm.rank, "token": self.tokens, "what": what})
+
+    def warn(self, what: str) -> None:
+        """The same, and tell the user now."""
+        self.event(what)
+        warn(re.sub(r"\brank (\d+)", lambda found: f"{found[0]} on {self.hosts[int(found[1])]}", what, count=1))
 
     def _device(self, rank: int, measured: dict | None) -> dict:
         """One entry of the report's devices: `speed` in GB/s of weights (None if work has moved), `compute_ms` per token computed (a lab's
