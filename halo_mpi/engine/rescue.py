@@ -15,6 +15,7 @@ from halo_mpi.errors import HaloError
 from halo_mpi.schedule.placement import Disks, Plan, changed_keys
 from halo_mpi.wire.root_link import RootLink
 
+STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
 MOST_S = 120.0  # that loading for others may take
 LEAST = 0.01  # of a head or group: what a rank without work counts as having, when work is dealt to those that are left
 
@@ -35,6 +36,23 @@ class Rescue:
     def have_work(self, ranks: set[int]) -> set[int]:
         """Those of the ranks that have work under the plan in force."""
         return {rank for rank in ranks if rank in self._mover.plan.query or rank in self._mover.plan.ffn}
+
+    def look(self, waited_for: set[int], looked_s: float, patience_s: float) -> None:
+        """Whether somebody who is waited for says nothing for `silent_s`, `patience_s` and what is usual; the last look was `looked_s` ago.
+
+        Raises WorkersGone then.
+        """
+        crew, link = self._crew, self._link
+        if looked_s > STOPPED_S:
+            crew.paused(looked_s)
+        elif self.silent_s:
+            longest_s, now = self.silent_s + patience_s, link.waiter.now()
+            for rank in crew.silent(waited_for - crew.done_without(), now, longest_s / 2):
+                if not link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
+                    link.probe(rank)
+                elif crew.silent({rank}, now, longest_s):
+                    crew.stop_asking(rank, "says nothing")
+                    raise WorkersGone
 
     def take_over(self, position: int, epoch: int) -> bool:
         """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches are whole then.

@@ -36,7 +36,6 @@ from halo_mpi.wire.root_link import Answer, RootLink
 PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
 SLOWER = 20.0  # times as long as the root a worker may compute before it counts as silent
 UNKNOWN_S = 5.0  # the same where the root has nothing to compute, and cannot tell
-STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
 
 
 class Root:
@@ -241,18 +240,9 @@ class Root:
 
         Raises WorkersGone if somebody else must do a worker's part: it is lost, or says nothing for `patience_s` and what is usual.
         """
-        crew = self.crew
-        if looked_s > STOPPED_S:
-            crew.paused(looked_s)
-        elif self.rescue and self.rescue.silent_s:
-            longest_s, now = self.rescue.silent_s + patience_s, self._link.waiter.now()
-            for rank in crew.silent({rank for rank in waited_for if not crew.does_without(rank)}, now, longest_s / 2):
-                if not self._link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
-                    self._link.probe(rank)
-                elif crew.silent({rank}, now, longest_s):
-                    crew.stop_asking(rank, "says nothing")
-                    raise WorkersGone
-        lost = crew.notice()
+        if self.rescue:
+            self.rescue.look(waited_for, looked_s, patience_s)
+        lost = self.crew.notice()
         if not lost:
             return lost
         behind = self._without.leave_behind(lost) if decoding and self.replacer else set()
