@@ -137,7 +137,7 @@ def test_a_worker_that_holds_everybody_up_pauses_for_longer_and_longer(deep):
     assert [note for note in notes if "rank 3" in note] == notes and "holds everybody up" in notes[0] and "is back" in notes[1]
     assert simulation.root.ledger.substituted and simulation.root.crew._patience[3].pause_s >= 2
     assert simulation.clock.now() < 0.1 * len(ids) + 3 * 0.6  # it was waited for no more than that
-    simulation.boxes[3].delays = simulation.boxes[0].peers[3]._box.delays = itertools.cycle([1e-4])
+    simulation.boxes[3].delays = simulation.boxes[0].peers[3].box.delays = itertools.cycle([1e-4])
     simulation.settle(60)
     simulation.root.step(7, len(ids))
     simulation.settle()

@@ -123,20 +123,22 @@ def test_who_has_no_room_takes_nothing_over(deep, expected, monkeypatch):
     before = simulation.holdings[1].groups[0]
 
     def full(changes):
-        raise HaloError("its new part takes 9 MiB until the old one is given up, and 0 MiB are free")
+        if changes:
+            raise HaloError("its new part takes 9 MiB until the old one is given up, and 0 MiB are free")
 
     monkeypatch.setattr(simulation.holdings[1], "_check_room", full)
     at_sync(simulation, {20: [lambda: simulation.end(2)]})
     assert same(simulation.text(IDS, 0), expected)
     assert simulation.holdings[1].groups[0] == before and 2 not in simulation.root.mover.plan.ffn
     assert any("takes no more over: rank 1: its new part" in note for note in simulation.notes)
+    assert simulation.root.crew.lost() == {2}
 
 
 def test_without_room_anywhere_the_end_is_told(deep, monkeypatch):
     simulation = Simulation(deep, RANKS, RESCUED, QUICK, NO_STALL, CONTEXT, keeps=True)
     monkeypatch.setattr(holdings, "available_bytes", lambda: 0)
     at_sync(simulation, {20: [lambda: simulation.end(2)]})
-    with pytest.raises(HaloError, match="0 MiB are free"):
+    with pytest.raises(HaloError, match="rank 2 is gone, and nobody who is left can take its work over"):
         simulation.text(IDS, 0)
 
 
@@ -144,6 +146,7 @@ def test_a_text_goes_on_in_relaxed_mode_too(deep):
     simulation = Simulation(deep, RANKS, replace(RELAXED, takeover_ms=100.0, quality=0.2), QUICK, NO_STALL, CONTEXT)
     at_sync(simulation, {25: [lambda: simulation.end(2)], 60: [lambda: simulation.cut_off(3)]})
     assert np.isfinite(simulation.text(IDS, 2)).all()
+    assert max(simulation.root.ledger.inexact) <= 0.2
     assert simulation.root.mover.number and 2 not in simulation.root.mover.plan.ffn
 
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from halo_mpi.engine.history import AttentionInputs
@@ -28,6 +29,8 @@ CREDIT = 128  # syncs
 MEMORY_S = 1.0  # of how long the root waited for whom
 HELD_UP_S = 0.3  # of that, what makes a worker pause for whom the root waited FAR times as long as for most others
 FAR, FAR_S = 5.0, 5e-3  # times the others' latency, and so much on top; with 30 % loss on its link a worker takes 22 ms, others 3
+SLOWER = 20.0  # times as long as it should, a worker may compute before it counts as silent
+UNKNOWN_S = 5.0  # the same where nobody can tell how long it should
 PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 
 
@@ -61,12 +64,18 @@ def workers_of(plan: Plan) -> dict[Kind, list[list[int]]]:
     return {kind: [sorted(set(row.tolist()) - {0}) for row in table] for kind, table in owners.items()}
 
 
+def _larger(owners: np.ndarray) -> float:
+    own, *others = np.bincount(owners, minlength=2).tolist()
+    return max(1.0, max(others) / max(1, own))
+
+
 class WorkersGone(Exception):
     """Workers without whom the root cannot go on are gone; their work must be done by others, and the token again."""
 
 
 class Crew:
-    """`history`: keeps what attention workers that were away, or get other heads, must be sent; None: nobody ever is or does."""
+    """`history`: keeps what attention workers that were away, or get other heads, must be sent; None: caches are filled with a text that is
+    computed anew."""
 
     def __init__(self, plan: Plan, link: RootLink, history: AttentionInputs | None, outage_s: float, note: Callable[[str], None],
                  warn: Callable[[str], None]):  # fmt: skip
@@ -81,6 +90,10 @@ class Crew:
     def follow(self, plan: Plan) -> None:
         """Who has which part is told by this plan from now on."""
         self._workers = workers_of(plan)
+        self._larger = {
+            Kind.ATTENTION: [_larger(row) for row in plan.query],
+            Kind.FFN: [_larger(row) for row in plan.ffn],
+        }
         if self.history:
             self.history.follow(self._workers[Kind.ATTENTION])
 
@@ -92,7 +105,7 @@ class Crew:
     def deadline(self, rank: int, seq: int, own_done: float) -> float:
         """Until when to wait for the answer to request `seq`."""
         peer = self._link.peers[rank]
-        return own_done if peer.suspect else peer.deadline.at(peer.asked_at[seq], own_done)
+        return own_done if peer.suspect or seq not in peer.asked_at else peer.deadline.at(peer.asked_at[seq], own_done)
 
     def suspect(self, rank: int) -> None:
         self._link.peers[rank].suspect = True
@@ -101,19 +114,16 @@ class Crew:
         """Those of the workers that have as many requests before them as they may have."""
         return {rank for rank in workers if self._link.unanswered(rank) >= CREDIT}
 
-    def silent(self, workers: set[int], now: float, limit_s: float | None = None) -> set[int]:
-        """Those of the workers that said nothing for `outage_s`, or the limit given, and twice their usual time."""
-        limit_s = self._outage_s if limit_s is None else limit_s
-        return {
-            rank
-            for rank in workers
-            if now - self._waiting_since(rank, now) > limit_s + 2 * self._link.peers[rank].deadline.usual_s
-        }
+    def silent(self, workers: set[int], now: float) -> set[int]:
+        """Those of the workers that said nothing for so long that the root should do without them."""
+        usual_s = {rank: self._link.peers[rank].deadline.usual_s for rank in workers}
+        return {rank for rank in workers if now - self.waiting_since(rank, now) > self._outage_s + 2 * usual_s[rank]}
 
-    def paused(self, seconds: float) -> None:
-        """This process itself was stopped for so long: nobody else was silent meanwhile."""
-        for peer in self._link.peers.values():
-            peer.heard_at += seconds
+    def computing_s(self, rank: int, kind: Kind, layer: int, rows: int, own_s: float) -> float:
+        """How long the worker may compute its part: by its last answer, else by the root's own time for its part, if it has one."""
+        row_s = self._link.peers[rank].took_s.get(kind)
+        known_s = own_s * self._larger[kind][layer] if row_s is None else row_s * rows
+        return SLOWER * known_s if known_s else UNKNOWN_S
 
     def notice(self) -> set[int]:
         """Workers that are lost since the last call."""
@@ -166,11 +176,11 @@ class Crew:
         self.stop_asking(rank, "holds everybody up")
 
     def done_without(self) -> set[int]:
-        """The workers that are behind or away."""
+        """The workers that are behind, away or lost."""
         return set(self._left_at)
 
     def does_without(self, rank: int) -> bool:
-        """Whether the worker is behind or away."""
+        """Whether the worker is behind, away or lost."""
         return rank in self._left_at
 
     def away_for(self, seconds: float) -> set[int]:
@@ -191,14 +201,18 @@ class Crew:
         self._left_at[rank] = self._link.waiter.now()
         self._link.excuse(rank)
 
-    def stop_asking(self, rank: int, why: str = "is cut off") -> None:
-        """The worker is away, until it has received all that it was sent, and been sent all that it missed."""
-        self._left_at.setdefault(rank, self._link.waiter.now())
+    def stop_asking(self, rank: int, why: str = "is cut off", for_s: float = 0.0) -> None:
+        """The worker is away, unless lost until it has received all that it was sent, and been sent all that it missed.
+
+        `for_s`: so long nothing was heard of it already.
+        """
+        self._left_at.setdefault(rank, self._link.waiter.now() - for_s)
         self._away.add(rank)
         self._link.probe(rank)
         self._note(f"rank {rank} {why}: going on without it")
 
-    def _waiting_since(self, rank: int, now: float) -> float:
+    def waiting_since(self, rank: int, now: float) -> float:
+        """Since when the root knows nothing of a worker from which it wants something."""
         peer = self._link.peers[rank]
         return max(peer.heard_at, next(iter(peer.asked_at.values()), now))
 

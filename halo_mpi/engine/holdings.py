@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from halo_mpi.engine.loader import Loader
+from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.errors import HaloError
 from halo_mpi.model.llama import Cache, LayerWeights, Share, runs_of
 from halo_mpi.model.loading import Held, Part, attention_part, ffn_part
@@ -47,6 +47,7 @@ class Holdings:
         self.meanwhile: Callable[[], None] = lambda: None  # again and again while weights are waited for
         self.plan = 0
         self._coming: Coming | None = None
+        self._refusal = ""  # of the plan that was told last
         self._last: Coming | None = None  # held already, not whole yet
 
     def even_share(self, kind: Kind, layer: int) -> float:
@@ -80,6 +81,14 @@ class Holdings:
         `also`: to be read by the same thread. Raises HaloError if there is no memory for it.
         """
         self.forget()
+        self._refusal = ""
+        try:
+            self._prepare(plan, changes, also)
+        except HaloError as error:
+            self._refusal = str(error)
+            raise
+
+    def _prepare(self, plan: int, changes: dict[int, Change], also: Callable[[], None] | None) -> None:
         self._check_room(changes)
         for loader in (changes and self._first, self._last and self._last.loader):
             if loader:
@@ -91,7 +100,8 @@ class Holdings:
             if change.heads != before.heads:
                 numbers[2 * layer] = len(parts)
                 parts.append(attention_part(self._store, self.share.config, layer, change.heads, weights, before))
-                caches[layer] = self.share.empty_cache(len(weights.runs))
+                with enough_memory():
+                    caches[layer] = self.share.empty_cache(len(weights.runs))
             if change.groups != before.groups:
                 numbers[2 * layer + 1] = len(parts)
                 parts.append(ffn_part(self._store, self.share.config, layer, change.groups, weights, before))
@@ -103,8 +113,10 @@ class Holdings:
 
     def _check_room(self, changes: dict[int, Change]) -> None:
         """Raise HaloError if there is no room for what changes, beside what is held till then."""
+        if not changes:
+            return
         config, context = self.share.config, self.share.context
-        if changes and self._first and self._first.residence.streamed_bytes:
+        if self._first and self._first.residence.streamed_bytes:
             raise HaloError("it reads weights at every token, as its memory demands, and can take over none")
 
         def taken(heads: list[int], groups: list[int]) -> int:
@@ -136,7 +148,7 @@ class Holdings:
         if plan == self.plan:
             return
         if not self._coming or self._coming.plan != plan:
-            raise HaloError(f"a request is of plan {plan}, of which this rank was not told; this is a defect, report it")
+            raise HaloError(self._refusal or f"a request is of plan {plan}, of which this rank was not told; this is a defect, report it")
         coming, self._coming = self._coming, None
         each, share = self.share.config.heads_per_kv, self.share
         for layer, change in coming.changes.items():

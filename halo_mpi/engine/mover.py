@@ -125,6 +125,13 @@ class Mover:
             self._announce(self._step())
         return {rank for rank in self._changing if rank and not self._crew.does_without(rank)}
 
+    def awaited(self) -> set[int]:
+        """Workers that have not loaded their next part yet, or are filling caches."""
+        if self._next is None:
+            return set()
+        peers = {rank: self._link.peers[rank] for rank in self._changing if rank and not self._crew.does_without(rank)}
+        return {rank for rank, peer in peers.items() if peer.prepared != self._told or peer.replays}
+
     def forget(self) -> None:
         """Stay with the plan that is in force; let everybody forget what it was told."""
         self._announce(self.plan)
@@ -177,9 +184,11 @@ class Mover:
             raise Refused(0, str(error), error.exit_code) from error
         for rank in self._changing - {0}:
             peer = self._link.peers[rank]
+            if self._crew.does_without(rank):
+                continue
             if peer.prepared == self._told and peer.refusal:
                 raise Refused(rank, peer.refusal)
-            if peer.prepared != self._told and not self._crew.does_without(rank):
+            if peer.prepared != self._told:
                 return False
         return True
 

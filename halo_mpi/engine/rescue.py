@@ -15,8 +15,8 @@ from halo_mpi.errors import HaloError
 from halo_mpi.schedule.placement import Disks, Plan, changed_keys
 from halo_mpi.wire.root_link import RootLink
 
+MOST_S = 600.0  # that loading for others may take
 STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
-MOST_S = 120.0  # that loading for others may take
 LEAST = 0.01  # of a head or group: what a rank without work counts as having, when work is dealt to those that are left
 
 
@@ -33,26 +33,25 @@ class Rescue:
         self._home = mover.plan
         self._without: set[int] = set()  # they have no work, since they were gone
 
-    def have_work(self, ranks: set[int]) -> set[int]:
+    def with_work(self, ranks: set[int]) -> set[int]:
         """Those of the ranks that have work under the plan in force."""
         return {rank for rank in ranks if rank in self._mover.plan.query or rank in self._mover.plan.ffn}
 
-    def look(self, waited_for: set[int], looked_s: float, patience_s: float) -> None:
-        """Whether somebody who is waited for says nothing for `silent_s`, `patience_s` and what is usual; the last look was `looked_s` ago.
+    def look(self, waited_for: set[int], since: float, patience_s: Callable[[int], float]) -> None:
+        """Whether somebody who is waited for `since` then says nothing for longer than `silent_s` and `patience_s` of the worker.
 
         Raises WorkersGone then.
         """
-        crew, link = self._crew, self._link
-        if looked_s > STOPPED_S:
-            crew.paused(looked_s)
-        elif self.silent_s:
-            longest_s, now = self.silent_s + patience_s, link.waiter.now()
-            for rank in crew.silent(waited_for - crew.done_without(), now, longest_s / 2):
-                if not link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
-                    link.probe(rank)
-                elif crew.silent({rank}, now, longest_s):
-                    crew.stop_asking(rank, "says nothing")
-                    raise WorkersGone
+        crew, link, now = self._crew, self._link, self._link.waiter.now()
+        for rank in waited_for - crew.done_without() if self.silent_s else ():
+            silent_s = now - max(since, crew.waiting_since(rank, now))
+            if silent_s < self.silent_s / 2:
+                continue
+            if not link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
+                link.probe(rank)
+            elif silent_s > self.silent_s + patience_s(rank):
+                crew.stop_asking(rank, "says nothing", self.silent_s)
+                raise WorkersGone
 
     def take_over(self, position: int, epoch: int) -> bool:
         """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches are whole then.
@@ -61,11 +60,12 @@ class Rescue:
         """
         begin, full, heads, taken = self._link.waiter.now(), set(), self._mover.plan.query, set()
         self._phase("re-placement")
-        while gone := self.have_work(self._crew.done_without()):
+        while gone := self.with_work(self._crew.done_without()):
             taken |= gone
             plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | full, self._disks)
             try:
-                full.add(self._at_once(plan, position, epoch))
+                if (refused := self._at_once(plan, position, epoch)) is not None:
+                    full.add(refused)
             except WorkersGone:
                 pass  # somebody else, too
         self._without |= self._crew.done_without()
@@ -81,14 +81,15 @@ class Rescue:
         whole = self._crew.history is None  # no cache can be filled but with a new text
         if not back or not self._mover.idle or not self._mover.may_move or position and whole:
             return
-        self._without -= back
-        plan = dealt_to_others(self._home, self._without, self._without, self._disks) if self._without else self._home
+        without = self._without - back
+        plan = dealt_to_others(self._home, without, without, self._disks) if without else self._home
         if changed_keys(self._mover.plan, plan):
             self._note(f"rank {', '.join(map(str, sorted(back)))} gets its work again")
             if whole:
                 self._at_once(plan, position, epoch)
             else:
                 self._mover.aim_at(plan)
+        self._without = without
 
     def _at_once(self, plan: Plan, position: int, epoch: int) -> int | None:
         """Make this the plan now, if nobody refuses; the rank that does. Raises WorkersGone; HaloError if it is the root."""
@@ -97,15 +98,32 @@ class Rescue:
             self._wait(position)
         except (Refused, WorkersGone) as error:
             self._mover.forget()
-            if isinstance(error, WorkersGone) or not error.rank:
+            if isinstance(error, WorkersGone):
                 raise
             self._note(f"takes no more over: {error}")
             return error.rank
         return None
 
+    def mind_the_move(self) -> None:
+        """While work moves between tokens: who was to load its part and is silent is away, and the move is given up."""
+        self._ask_who_is_there(self._mover.awaited(), 0.0, self.silent_s)
+
+    def _ask_who_is_there(self, ranks: set[int], since: float, silent_s: float) -> set[int]:
+        """Kick these workers; those that said nothing for so long since they were kicked are away now."""
+        link, silent = self._link, set()
+        for rank in ranks:
+            peer = link.peers[rank]
+            if not peer.kicks_in_flight:
+                link.probe(rank)
+            elif link.waiter.now() - max(peer.heard_at, peer.probed_since, since) > silent_s > 0:
+                self._crew.stop_asking(rank, "does not answer", silent_s)
+                silent.add(rank)
+        return silent
+
     def _wait(self, position: int) -> None:
         """Until the plan that the mover was told is in force. Raises WorkersGone, Refused."""
         link, begin = self._link, self._link.waiter.now()
+        looked_at = since = begin
         while True:
             missing = self._mover.go_on_at_once(position)
             if self._mover.idle:
@@ -113,14 +131,10 @@ class Rescue:
             for _ in link.poll():
                 pass  # an answer of the token that was given up
             now = link.waiter.now()
-            if self._crew.notice():
+            since, looked_at = now if now - looked_at > STOPPED_S else since, now
+            if self._crew.notice() or self._ask_who_is_there(missing, since, 2 * self.silent_s):
                 raise WorkersGone
-            for rank in missing:
-                link.kick(rank)
-                if now - max(link.peers[rank].heard_at, begin) > 2 * self.silent_s > 0:
-                    self._crew.stop_asking(rank, "does not answer")
-                    raise WorkersGone
-            if now - begin > MOST_S:
+            if now - begin > MOST_S and self.silent_s:
                 raise HaloError(f"the ranks that are left could not load the work of those that are gone in {MOST_S:.0f} s")
             link.waiter.wait()
 

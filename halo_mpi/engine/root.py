@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from halo_mpi.engine.check import Check
-from halo_mpi.engine.crew import Crew, WorkersGone
+from halo_mpi.engine.crew import UNKNOWN_S, Crew, WorkersGone
 from halo_mpi.engine.doing_without import DoingWithout
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.engine.holdings import Holdings
@@ -24,7 +24,7 @@ from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import Key, Predictor
 from halo_mpi.engine.replacer import Replacer
-from halo_mpi.engine.rescue import Rescue
+from halo_mpi.engine.rescue import STOPPED_S, Rescue
 from halo_mpi.engine.vocabulary import ReadVocabulary
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Trunk, rms_norm
@@ -34,8 +34,6 @@ from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink
 
 PREFILL_ROWS = 64  # tokens per prefill request; 147 KiB at hidden 576 in f32
-SLOWER = 20.0  # times as long as the root a worker may compute before it counts as silent
-UNKNOWN_S = 5.0  # the same where the root has nothing to compute, and cannot tell
 
 
 class Root:
@@ -67,6 +65,7 @@ class Root:
         self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
         self._corrections: list[np.ndarray] = []
         self._epoch, self._text = 0, []
+        self._whole = True  # the caches hold the text so far
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
@@ -104,12 +103,16 @@ class Root:
             gone = self.crew.gone(rescue.silent_s) if rescue.silent_s else self.crew.lost()
             if self.replacer and self.mover.may_move and self._without.affords_always(gone):
                 gone = set()
-        if rescue.have_work(gone):
-            if not self.rescue.take_over(position, self._epoch):  # the caches are to be filled anew
-                for start in range(0, position, PREFILL_ROWS):
-                    self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
+        if rescue.with_work(gone):
+            self._whole &= self.rescue.take_over(position, self._epoch)
+        elif not self.mover.idle:
+            self.rescue.mind_the_move()
         elif not self.replacer:
             self.rescue.before_token(position, self._epoch)
+        if not self._whole:
+            for start in range(0, position, PREFILL_ROWS):
+                self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
+            self._whole = True
 
     def _forward(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
         trunk = self._trunk
@@ -152,7 +155,7 @@ class Root:
         seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
             x = self._add(x, bias[layer])
-        patience_s = UNKNOWN_S if len(x) > 1 else 0.0
+        took_s = 0.0
         if even_share := self._holdings.even_share(kind, layer):
             self._holdings.need(at)
             start, share = time.perf_counter(), self._holdings.share
@@ -160,7 +163,6 @@ class Root:
             self._marks.pace(start, even_share)
             took_s = time.perf_counter() - start
             self.compute_s += took_s
-            patience_s = SLOWER * took_s
             if self.replacer and decoding:
                 self.replacer.computed(0, kind, layer, took_s)
             x = self._add(x, own)
@@ -170,7 +172,9 @@ class Root:
             for rank in workers:
                 self.ledger.ask(rank)
         exact = self._must_be_exact(kind, layer, position, asked, decoding)
-        answers, late = self._collect(seq, kind, layer, asked, exact, decoding, patience_s)
+        answers, late = self._collect(
+            seq, kind, layer, asked, exact, decoding, lambda rank: self.crew.computing_s(rank, kind, layer, len(x), took_s)
+        )
         for rank in workers:
             if decoding and (rank in late or rank not in answers):
                 self.ledger.missed_deadline(rank)
@@ -199,11 +203,11 @@ class Root:
         return seq
 
     def _collect(self, seq: int, kind: Kind, layer: int, workers: list[int], exact: bool, counting: bool,
-                 patience_s: float) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
+                 patience_s: Callable[[int], float]) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
-        own_done = looked_at = link.waiter.now()
+        own_done = looked_at = since = link.waiter.now()
         while True:
             for answer in link.poll():
                 if answer.seq == seq:
@@ -231,22 +235,27 @@ class Root:
             if counting:
                 missing -= self._without.leave_behind(crew.silent(missing | overdue, now))
                 missing -= self._without.pause(crew.too_slow(missing & late | overdue, missed_s, now))
-            missing -= self._look_who_is_gone(missing | overdue, counting, missed_s, patience_s)
+            since = now if missed_s > STOPPED_S else since
+            missing -= self._look_who_is_gone(missing | overdue, counting, since, patience_s)
             looked_at = now
             link.waiter.wait()
 
-    def _look_who_is_gone(self, waited_for: set[int], decoding: bool, looked_s: float, patience_s: float = 0.0) -> set[int]:
-        """Workers that are waited for no more, since they are gone and can be done without. The last look was `looked_s` ago.
+    def _look_who_is_gone(
+        self, waited_for: set[int], decoding: bool, since: float, patience_s: Callable[[int], float]
+    ) -> set[int]:
+        """Workers that are waited for no more, since they are gone and can be done without.
 
-        Raises WorkersGone if somebody else must do a worker's part: it is lost, or says nothing for `patience_s` and what is usual.
+        Raises WorkersGone if somebody else must do a worker's part: it is lost, or silent `since` then for longer than it may
+        compute, `patience_s` of the worker, and --takeover-ms.
         """
+        self._link.touch()
         if self.rescue:
-            self.rescue.look(waited_for, looked_s, patience_s)
+            self.rescue.look(waited_for, since, patience_s)
         lost = self.crew.notice()
         if not lost:
             return lost
         behind = self._without.leave_behind(lost) if decoding and self.replacer else set()
-        if self.rescue and self.rescue.have_work(lost - behind):
+        if self.rescue and self.rescue.with_work(lost - behind):
             raise WorkersGone
         return behind
 
@@ -285,7 +294,7 @@ class Root:
         link, self._without.at = self._link, 2 * self._config.layers
         if not self._sums:
             return x
-        looked_at = link.waiter.now()
+        looked_at = since = link.waiter.now()
         while True:
             for answer in link.poll():
                 self._take_late(answer)
@@ -296,7 +305,8 @@ class Root:
                 link.kick(rank)
             self._without.leave_behind(self.crew.silent(late, now))
             self._without.pause(self.crew.too_slow(late, now - looked_at, now))
-            self._look_who_is_gone(late, True, now - looked_at)
+            since = now if now - looked_at > STOPPED_S else since
+            self._look_who_is_gone(late, True, since, lambda rank: UNKNOWN_S)
             looked_at = now
             link.waiter.wait()
 

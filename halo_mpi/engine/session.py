@@ -46,6 +46,7 @@ from halo_mpi.wire.sockets import has_two_connections, own_addresses, tune_socke
 from halo_mpi.wire.worker_link import WorkerLink
 
 T = TypeVar("T")
+UNHEARD_S = 5.0  # of a worker: its last words are not waited for as long as others'
 HISTORY_PART = 0.25  # of the root's memory
 
 
@@ -249,7 +250,7 @@ class Session:
             self.store.close()
             return []
         alone = survives_ends()  # MPI's end would wait for a rank that ends meanwhile, and for ever if the root fails after it
-        words = self.link.stop(self.root.crew.gone(), alone)
+        words = self.link.stop(self.root.crew.gone() | self.link.unheard(UNHEARD_S), alone)
         self.store.close()
         missing = set(self.link.workers) - words.keys()
         self.parting = Parting(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, alone or bool(missing))

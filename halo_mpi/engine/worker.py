@@ -13,7 +13,7 @@ from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.mover import from_rows
 from halo_mpi.engine.profile import OneGroup
 from halo_mpi.errors import HaloError
-from halo_mpi.wire.messages import Kind
+from halo_mpi.wire.messages import Kind, RangeError
 from halo_mpi.wire.worker_link import Request, RootGone, WorkerLink
 
 APPEND_SHARE = 0.25  # of an attention request's time, for a lab's pace: two of the four products
@@ -44,7 +44,7 @@ class Worker:
             return self._link.next() is not None
         try:
             return self._turn()
-        except RootGone:
+        except (RootGone, RangeError):  # it would happen on every rank
             raise
         except HaloError as error:
             self._failed = True
@@ -113,7 +113,5 @@ class Worker:
             return (share.ffn(layer, x), self._holdings.even_share(kind, layer)) if useful else (None, 0.0)
         if kind == Kind.REFILL:
             self._holdings.refill(layer, x, request.position)
-            return None, self._holdings.even_share(
-                Kind.ATTENTION, layer
-            ) * APPEND_SHARE  # as a chunk of prefill: once for all rows
+            return None, self._holdings.even_share(Kind.ATTENTION, layer) * APPEND_SHARE  # as prefill: once for all rows
         raise HaloError(f"the root sent a request of unknown kind {kind}; do all ranks run the same version?")

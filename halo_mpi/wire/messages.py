@@ -50,6 +50,10 @@ class Kind(IntEnum):
     FAILURE = 12  # from a worker: what keeps it from doing its part from now on, in words
 
 
+class RangeError(HaloError):
+    """A value that the format on the wire does not hold."""
+
+
 class ProtocolError(HaloError):
     """A message that cannot be: ranks of different versions, or a defect of this program."""
 
@@ -85,7 +89,7 @@ class Message:
             with np.errstate(over="ignore", invalid="ignore"):
                 fits = _write_q8(data, x) if wire == "q8" else _write_float(data, x, _float(wire))
             if not fits:
-                raise HaloError(f"a value of layer {layer} ({kind.name.lower()}) is not finite in {wire}; use --wire f32")
+                raise RangeError(f"a value of layer {layer} ({kind.name.lower()}) is not finite in {wire}; use --wire f32")
         return self.buffer[: HEADER.itemsize + size]
 
     def read(self) -> np.ndarray:

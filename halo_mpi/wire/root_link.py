@@ -43,6 +43,7 @@ class Peer:
     heard_at: float = 0.0
     suspect: bool = False  # missed a deadline and was not heard since
     kicks_in_flight: int = 0
+    probed_since: float = 0.0  # a kick is in flight
     kick_at: float = 0.0
     replays: int = 0  # and refills, that it has not done yet
     replayed_at: float = 0.0  # the last one was done
@@ -53,6 +54,7 @@ class Peer:
     probed_at: float | None = None  # a probe is under way
     probe: Answer | None = None  # what came of the last one
     asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
+    took_s: dict[int, float] = field(default_factory=dict)  # by kind: computing the last answer, per row
 
 
 class RootLink:
@@ -180,8 +182,9 @@ class RootLink:
                 if header["rows"] == 1 and kind != Kind.PING and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
-                took = int(header["lag"])
-                yield Answer(rank, seq, y, took * TOOK_S if took < LONGEST_TOOK else now - asked, now - asked)
+                took_s = int(header["lag"]) * TOOK_S if header["lag"] < LONGEST_TOOK else now - asked
+                peer.took_s[kind] = took_s / max(1, len(y))
+                yield Answer(rank, seq, y, took_s, now - asked)
 
     def kick(self, rank: int) -> None:
         """Send the worker a kick if one is due."""
@@ -215,7 +218,14 @@ class RootLink:
     def probe(self, rank: int) -> None:
         """Send a kick whose answer will tell that the worker has taken in everything sent before."""
         self._mailbox.post([rank], Kind.KICK, self.seq)
+        if not self.peers[rank].kicks_in_flight:
+            self.peers[rank].probed_since = self.waiter.now()
         self.peers[rank].kicks_in_flight += 1
+
+    def unheard(self, seconds: float) -> set[int]:
+        """Workers that said nothing for so long, perhaps since they were not asked."""
+        now = self.waiter.now()
+        return {rank for rank, peer in self.peers.items() if now - peer.heard_at > seconds}
 
     def touch(self) -> None:
         """Let everybody hear something now and then, who has nothing to do too: that the root is there."""
