@@ -89,12 +89,14 @@ def expected_codes(log: list[dict], lasted_s: float | None) -> set[int]:
         return {DONE, FAILED, LOST}  # FAILED, or as a restart ends
     codes = {DONE}
     for number, entry in enumerate(done):
-        codes = worse(codes, codes_after(entry, done[number + 1 :], end))
+        codes = worse(codes, codes_after(entry, done[:number], done[number + 1 :], end))
     return {DONE, LOST} if codes == {LOST} and actions & set(RESTARTS) else codes
 
 
-def codes_after(entry: dict, later: list[dict], end: float) -> set[int]:
+def codes_after(entry: dict, earlier: list[dict], later: list[dict], end: float) -> set[int]:
     action, began = entry["action"], entry["t_s"]
+    if action == "nan" and any(other["host"] == entry["host"] and other["action"] in MENDED_BY for other in earlier):
+        return {DONE, LOST}  # it may have no work any more
     if action in RESTARTS:
         return {DONE, LOST}
     if action not in FOR_GOOD and action not in MENDED_BY:
