@@ -17,12 +17,13 @@ from halo_mpi.engine.crew import UNKNOWN_S, Crew, WorkersGone
 from halo_mpi.engine.doing_without import DoingWithout
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.engine.holdings import Holdings
+from halo_mpi.engine.late_sums import LateSums
 from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.mover import Mover
-from halo_mpi.engine.open_sums import OpenSum, OpenSums
+from halo_mpi.engine.open_sums import OpenSums
 from halo_mpi.engine.options import SyncOptions
-from halo_mpi.engine.predictor import Key, Predictor
+from halo_mpi.engine.predictor import Predictor
 from halo_mpi.engine.replacer import Replacer
 from halo_mpi.engine.rescue import STOPPED_S, Rescue
 from halo_mpi.engine.vocabulary import ReadVocabulary
@@ -63,7 +64,7 @@ class Root:
         self.predictor, self._vocabulary = predictor, vocabulary or trunk
         self._check = Check() if sync.check else None
         self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
-        self._corrections: list[np.ndarray] = []
+        self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
         self._epoch, self._text = 0, []
         self._whole = True  # the caches hold the text so far
         self.compute_s = 0.0  # own share and head
@@ -92,9 +93,7 @@ class Root:
                     self._rescue(position, decoding)
                 return self._forward(tokens, position, decoding)
             except WorkersGone:
-                self._sums.abandon()
-                self.ledger.give_up_token()
-                self._corrections.clear()
+                self._late.abandon()
 
     def _rescue(self, position: int, decoding: bool) -> None:
         """Let others do the work of those that the root cannot do without; in relaxed mode the replacer may see to it later."""
@@ -183,8 +182,8 @@ class Root:
                     self.predictor.observe((kind, layer, rank), position + len(normed) - 1, normed.numpy(), answers[rank])
                 x = self._add(x, torch.from_numpy(answers[rank]))
             else:
-                x = x + torch.from_numpy(self._stand_in(seq, (kind, layer, rank), position, normed.numpy()))
-        x = self._correct(x)
+                x = x + torch.from_numpy(self._late.stand_in(seq, (kind, layer, rank), position, normed.numpy()))
+        x = self._late.correct(x)
         if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
@@ -259,35 +258,11 @@ class Root:
             raise WorkersGone
         return behind
 
-    def _stand_in(self, seq: int, key: Key, position: int, x: np.ndarray) -> np.ndarray:
-        """The estimate, f32 [1, D], for the answer to x that is not there."""
-        kind, layer, rank = key
-        estimate = np.zeros_like(x[-1]) if self._drops else self.predictor.estimate(key, position, x)
-        share = self.predictor.share(kind, layer, {rank})
-        if self._drops or self.crew.does_without(rank):
-            self._sums.substitute(rank, share)
-            if self._check:
-                self._check.add(estimate)
-        else:
-            self._sums.open(OpenSum(seq, rank, kind, layer, position, x, estimate), share)
-        return estimate[None]
-
     def _take_late(self, answer: Answer) -> None:
-        """A partial sum of an earlier sync came: what it changes is added at the end of this one."""
-        entry = self._sums.arrived(answer.seq, answer.rank)
-        if entry:
-            self._corrections.append(answer.y - entry.estimate)
-            self.predictor.observe((entry.kind, entry.layer, entry.rank), entry.position, entry.x, answer.y)
-            if self.replacer:
-                self.replacer.answered(answer, entry.kind, entry.layer, waited_for=True)
-            if self._check:
-                self._check.add(answer.y[0])
-
-    def _correct(self, x: torch.Tensor) -> torch.Tensor:
-        for correction in self._corrections:
-            x = x + torch.from_numpy(correction)
-        self._corrections.clear()
-        return x
+        """A partial sum of an earlier sync came."""
+        entry = self._late.take(answer)
+        if entry and self.replacer:
+            self.replacer.answered(answer, entry.kind, entry.layer, waited_for=True)
 
     def _settle(self, x: torch.Tensor) -> torch.Tensor:
         """Wait for everything that is open; what cannot come is final as estimated."""
@@ -299,7 +274,7 @@ class Root:
             for answer in link.poll():
                 self._take_late(answer)
             if not self._sums:
-                return self._correct(x)
+                return self._late.correct(x)
             now, late = link.waiter.now(), self._sums.ranks()
             for rank in late:
                 link.kick(rank)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-import psutil
 import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
+from halo_mpi.engine.last_words import device_of, last_words
 from halo_mpi.engine.machine import mpi_name, share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
@@ -244,7 +244,7 @@ class Session:
         `parting` tells then how to leave.
         """
         self.weights.close()
-        mine = self._last_words()
+        mine = last_words(self)
         if not self.is_root:
             self.parting = Parting(alone=self.link.close(json.dumps(mine)))
             self.store.close()
@@ -255,18 +255,7 @@ class Session:
         missing = set(self.link.workers) - words.keys()
         self.parting = Parting(EXIT_LOST if missing | self.root.crew.lost() else EXIT_DONE, alone or bool(missing))
         told = [mine] + [json.loads(words[rank]) if words.get(rank) else None for rank in self.link.workers]
-        return [self._device(rank, device) for rank, device in enumerate(told)]
-
-    def _last_words(self) -> dict:
-        """What a rank tells of itself at the end."""
-        return {
-            "rank": self.comm.rank,
-            "host": self.host,
-            **self.weights.to_dict(),
-            "rss_bytes": psutil.Process().memory_info().rss,
-            "compute_s": (self.root or self.worker).compute_s,
-            "paced": self.marks.current_pace(),
-        }
+        return [device_of(self, rank, words) for rank, words in enumerate(told)]
 
     def event(self, what: str) -> None:
         """Note something for the report, with the time since start-up and the tokens that were there."""
@@ -277,28 +266,6 @@ class Session:
         """The same, and tell the user now."""
         self.event(what)
         warn(re.sub(r"\brank (\d+)", lambda found: f"{found[0]} on {self.hosts[int(found[1])]}", what, count=1))
-
-    def _device(self, rank: int, measured: dict | None) -> dict:
-        """One entry of the report's devices: `speed` in GB/s of weights (None if work has moved), `compute_ms` per token computed (a lab's
-        pace included); None where a rank that is gone did not tell."""
-        if not measured:
-            measured = dict.fromkeys(self._last_words()) | {"rank": rank, "host": self.hosts[rank]}
-        tokens, compute_s = max(1, self.root.computed_tokens), measured.pop("compute_s")
-        plan = self.root.mover.plan
-        return {
-            **measured,
-            "groups": int((plan.ffn == rank).sum()),
-            "heads": int((plan.query == rank).sum()),
-            "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3)
-            if compute_s and not self.root.mover.number
-            else None,
-            "rtt_ms": self.link.peers[rank].rtt_ms if rank != ROOT else 0.0,
-            "late_rate": round(self.root.ledger.late_rate(rank), 6),
-            "sent_bytes": self.link.received_bytes.get(rank, sum(self.link.sent_bytes.values())),
-            "received_bytes": self.link.sent_bytes.get(rank, sum(self.link.received_bytes.values())),
-            "compute_ms": None if compute_s is None else round(compute_s * 1e3 / tokens, 3),
-            "state": "lost" if compute_s is None else self.root.crew.state(rank),
-        }
 
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
