@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import EXIT_TERMINATED, UsageError
-
-SHOWN = "HALO_MPI_SHOWN"  # set by launch/halo-mpirun when it starts a run again: so many bytes of the text were shown already
 
 EXAMPLE = (
     "Example: mpirun -x PATH -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
@@ -73,6 +70,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     from halo_mpi.engine.ending import in_order, left_to_the_root
     from halo_mpi.engine.report import make_report, write_report
     from halo_mpi.engine.session import Session
+    from halo_mpi.engine.shown import SHOWN, Shown
     from halo_mpi.engine.text import complete
 
     def check() -> Sampling:
@@ -114,7 +112,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
 
     checkpoint = Checkpoint(kept_in, session.store.version, seed, warn)
     completions = []
-    show = _hide if results else session.monitor.above(_Shown(int(os.environ.get(SHOWN, 0))).show)
+    show = _hide if results else session.monitor.above(Shown().show)
     session.marks.begin()
     with in_order() as ending, session.monitor:
         for text in texts:
@@ -147,20 +145,6 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         return replace(session.parting, exit_code=EXIT_TERMINATED)
     checkpoint.remove()
     return session.parting
-
-
-class _Shown:
-    """Standard output, but for the first bytes."""
-
-    def __init__(self, already: int):
-        self._already = already
-
-    def show(self, text: str) -> None:
-        data = text.encode()
-        skipped = min(self._already, len(data))
-        self._already -= skipped
-        sys.stdout.buffer.write(data[skipped:])
-        sys.stdout.buffer.flush()
 
 
 def _hide(text: str) -> None:
