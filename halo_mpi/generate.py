@@ -110,7 +110,8 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         session.event(message)
         complain(message)
 
-    checkpoint = Checkpoint(kept_in, session.store.version, seed, warn)
+    to_come = sum(text.sampling.max_tokens for text in texts)
+    checkpoint = Checkpoint(kept_in, session.store.version, seed, warn, to_come)
     completions = []
     show = _hide if results else session.monitor.above(Shown().show)
     session.marks.begin()
@@ -125,7 +126,12 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
                 mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
                 fields = ("text", "token_ids", "finish_reason", "ttft_ms")
                 results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
-        show("\n")
+        terminated = any(completion.finish_reason == "terminated" for completion in completions)
+        if not (terminated and ending.again):
+            show("\n")
+    if terminated and ending.again:
+        session.finish()
+        return replace(session.parting, exit_code=EXIT_TERMINATED)
     session.marks.end()
     devices = session.finish()
     token_ids = [token for completion in completions for token in completion.token_ids]
@@ -135,7 +141,6 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     text = first.text if first and not results else None
     report = make_report(session, devices, prompt_tokens, token_ids, text, first and first.ttft_ms, tpot_ms)
     report["seed"] = seed
-    terminated = any(completion.finish_reason == "terminated" for completion in completions)
     report["finish_reason"] = "terminated" if terminated else first.finish_reason if first and not results else None
     _summarize(report, len(completions))
     if run.report:
