@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ from halo_mpi.errors import EXIT_TERMINATED, UsageError
 
 if TYPE_CHECKING:
     from halo_mpi.engine.session import Session
-
-SHOWN = "HALO_MPI_SHOWN"  # set by launch/halo-mpirun when it starts a run again: so many bytes of the text were shown already
 
 EXAMPLE = (
     "Example: mpirun -x PATH -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
@@ -78,6 +75,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     from halo_mpi.engine.checkpoint import Checkpoint, Saved, read_checkpoint
     from halo_mpi.engine.ending import in_order, left_to_the_root
     from halo_mpi.engine.session import Session
+    from halo_mpi.engine.shown import SHOWN, Shown
     from halo_mpi.engine.text import complete
 
     def check() -> Sampling:
@@ -113,9 +111,10 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         session.finish()
         return session.parting
 
-    checkpoint = Checkpoint(kept_in, session.store.version, seed, session.warn)
+    to_come = sum(text.sampling.max_tokens for text in texts)
+    checkpoint = Checkpoint(kept_in, session.store.version, seed, session.warn, to_come)
     completions = []
-    show = _hide if results else session.monitor.above(_Shown(int(os.environ.get(SHOWN, 0))).show)
+    show = _hide if results else session.monitor.above(Shown().show)
     session.marks.begin()
     with in_order() as ending, session.monitor:
         for text in texts:
@@ -128,10 +127,14 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
                 mean = sum(completion.tpot_ms) / len(completion.tpot_ms) if completion.tpot_ms else None
                 fields = ("text", "token_ids", "finish_reason", "ttft_ms")
                 results.write({"id": text.id} | {name: getattr(completion, name) for name in fields} | {"tpot_ms": mean})
-        show("\n")
+        terminated = any(completion.finish_reason == "terminated" for completion in completions)
+        if not (terminated and ending.again):
+            show("\n")
+    if terminated and ending.again:
+        session.finish()
+        return replace(session.parting, exit_code=EXIT_TERMINATED)
     session.marks.end()
     devices = session.finish()
-    terminated = any(completion.finish_reason == "terminated" for completion in completions)
     parting = after(session.parting, lambda: _tell(session, devices, texts, completions, seed, bool(results)))
     if terminated:
         complain("terminated" + (f"; the same command goes on with the text in {kept_in}" if kept_in else ""))
@@ -155,20 +158,6 @@ def _tell(session: Session, devices: list[dict], texts: list, completions: list,
     _summarize(report, len(completions))
     if session.run.report:
         write_report(session.run.report, report)
-
-
-class _Shown:
-    """Standard output, but for the first bytes."""
-
-    def __init__(self, already: int):
-        self._already = already
-
-    def show(self, text: str) -> None:
-        data = text.encode()
-        skipped = min(self._already, len(data))
-        self._already -= skipped
-        sys.stdout.buffer.write(data[skipped:])
-        sys.stdout.buffer.flush()
 
 
 def _hide(text: str) -> None:

@@ -6,10 +6,11 @@ ends rank 0 when another rank ends; there the job is lost if a host does not ans
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpirun_hosts import EXIT_FAILED, LaunchError, hosts_that_answer, read_host_list, read_hostfile
+from mpirun_hosts import EXIT_FAILED, LaunchError, hosts_that_answer
+from mpirun_places import Places
 from mpirun_start import written_since
 
 MOST_RESTARTS = 3  # without a new token in between
@@ -17,20 +18,21 @@ MOST_RESTARTS = 3  # without a new token in between
 
 @dataclass
 class Restarts:
-    """The hosts of a run, and what became of them. `checkpoint`: where its text is kept; `own`: in a file that the user named."""
+    """What became of the hosts of a run. `checkpoint`: where its text is kept; `own`: in a file that the user named."""
 
-    hosts: list
+    places: Places
     agent: str
     checkpoint: Path | None
     own: bool
     allowed: bool
     tolerant: bool  # the MPI goes on when a rank ends
     left_out: bool = False
+    marks: list = field(default_factory=list)  # of the starts that have ended: their processes are to be ended
     _count: int = 0
     _progress: tuple | None = None
 
-    def after(self, end, mark, stopped):
-        """What to tell the user before the job is started again on `hosts`. None: mpirun's exit code is to be returned.
+    def after(self, end, stopped):
+        """What to tell the user before the job is started again on the hosts in use. None: mpirun's exit code is to be returned.
 
         Raises LaunchError if it was lost and cannot go on.
         """
@@ -41,7 +43,7 @@ class Restarts:
             raise LaunchError(
                 f"the job was lost: mpirun ended with code {end.code} before the program did; {self._advice()}", EXIT_FAILED
             )
-        if not end.innocent and (self.tolerant or not self.hosts):
+        if not end.innocent and (self.tolerant or not self.places.hosts):
             who = "rank 0" if self.tolerant else "a rank"
             raise LaunchError(f"{who} was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
         why = f"the job was lost (mpirun ended with code {end.code} before the program did)"
@@ -52,22 +54,32 @@ class Restarts:
         self._progress = progress
         if self._count > MOST_RESTARTS:
             raise LaunchError(f"{why} for the {self._count}th time without a new token; {self._advice()}", EXIT_FAILED)
-        silent = self._leave_out(mark, stopped)
-        if not (end.innocent or silent):
+        changes = self._leave_out(stopped)
+        if not (end.innocent or changes):
             raise LaunchError(f"a rank was killed (was there too little memory?); {self._advice()}", EXIT_FAILED)
-        without = f"; left out, since they do not answer: {', '.join(silent)}" if silent else ""
-        return f"{why}{without}; going on after {progress[1]} tokens"
+        return f"{why}{changes}; going on after {progress[1]} tokens"
 
-    def _leave_out(self, mark, stopped):
-        """Forget the hosts that do not answer; their names."""
-        names = list(dict.fromkeys(host.name for host in self.hosts))
-        answered = hosts_that_answer(names, self.agent, mark, stopped)
-        silent = [name for name in names if name not in answered]
-        if silent and silent[0] == names[0]:
-            raise LaunchError(f"{names[0]}, the host of rank 0, does not answer; {self._advice()} once it does", EXIT_FAILED)
-        self.hosts = [host for host in self.hosts if host.name in answered]
-        self.left_out |= bool(silent)
-        return silent
+    def take_in(self, names, stopped):
+        """What to tell the user before the job, which was asked to end, is started again with these hosts too."""
+        self.places.lost -= names
+        changes = self._leave_out(stopped)
+        return f"taken in again, since they answer: {', '.join(sorted(names))}{changes}; going on after {self._read_progress()[1]} tokens"
+
+    def _leave_out(self, stopped):
+        """Leave out the hosts that do not answer, for spare ones if there are any. In words, if that changes the hosts in use."""
+        used = [host.name for host in self.places.in_use]
+        names = {host.name for host in self.places.hosts} - self.places.lost
+        self.places.lost |= names - hosts_that_answer(names, self.agent, self.marks, stopped)
+        silent = [name for name in dict.fromkeys(used) if name in self.places.lost]
+        if not silent:
+            return ""
+        if silent[0] == used[0]:
+            raise LaunchError(f"{silent[0]}, the host of rank 0, does not answer; {self._advice()} once it does", EXIT_FAILED)
+        self.left_out = True
+        instead = [host.name for host in self.places.in_use if host.name not in used]
+        return f"; left out, since they do not answer: {', '.join(silent)}" + (
+            f"; instead: {', '.join(instead)}" if instead else ""
+        )
 
     def _advice(self):
         if not self.own:
@@ -80,9 +92,3 @@ class Restarts:
             return text["id"], len(text["token_ids"])
         except (OSError, ValueError, KeyError, TypeError):
             return None, 0
-
-
-def hosts_of(request, mpi, hostfile_names, list_names):
-    """The hosts that the command line names, in order."""
-    files = [host for name in request.values(hostfile_names) for host in read_hostfile(name, mpi.kind)]
-    return files or [host for text in request.values(list_names) for host in read_host_list(text, mpi.kind)]

@@ -74,14 +74,13 @@ def read_host_list(text, kind):
     return hosts
 
 
-def hosts_that_answer(names, agent, mark, stopped: Callable[[], bool]):
-    """Those of these hosts that still answer; all processes there with `mark` in their environment are ended on the way.
+def hosts_that_answer(names, agent, marks, stopped: Callable[[], bool]):
+    """Those of these hosts that answer; all processes there with one of `marks` in their environment are ended on the way.
 
     All are asked at once; `stopped`: the user does not want to wait any more.
     """
-    command = (
-        f"for p in /proc/[0-9]*; do grep -qzxF {shlex.quote(mark)} $p/environ && kill -9 ${{p#/proc/}}; done 2>/dev/null; true"
-    )
+    sought = " ".join(f"-e {shlex.quote(mark)}" for mark in marks)
+    command = f"for p in /proc/[0-9]*; do grep -qzxF {sought} $p/environ && kill -9 ${{p#/proc/}}; done 2>/dev/null; true"
     answered = set()
 
     def ask(name):

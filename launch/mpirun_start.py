@@ -1,25 +1,26 @@
-"""For halo-mpirun: one start of mpirun, followed to its end; its output, the signals that come meanwhile, and what it leaves behind."""
+"""For halo-mpirun: one start of mpirun, followed to its end; the signals that come meanwhile, and what it leaves behind."""
 
 import os
 import signal
 import subprocess
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mpirun_hosts import EXIT_FAILED, LaunchError
+from mpirun_output import TEXT
 
+EXIT_TERMINATED = 143
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # rank 0 writes the program's exit code into the file of this name
+AGAIN_FILE = "HALO_MPI_AGAIN_FILE"  # made before the program is asked to end because it will be started again
 INTERRUPT_S = 1.2  # after Ctrl-C: so long may mpirun take to end its ranks before they are killed
 LINGER_S = 5.0  # after rank 0 is done: so long may mpirun wait for the other ranks (a host that is cut off never ends)
 ROOT_GONE_S = 2.0  # after rank 0 was killed: so long may the others take to notice
 LOOK_S = 0.5  # how often it is looked whether rank 0 lives
-DRAIN_S = 1.0  # after mpirun's end: so long is waited for more of its output
 # mpirun names its session's folder in /tmp by its process id alone, and a later one that gets the same id cannot start while that
 # of a killed one is left. Each run has a place of its own for it, which goes with the run (Open MPI 5's name and Open MPI 4's).
 SESSION_PLACES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")
-BANNER = b"=   BAD TERMINATION"  # MPICH's mpirun writes it to standard output
 RANK_0 = {b"OMPI_COMM_WORLD_RANK=0", b"PMI_RANK=0"}
 
 
@@ -44,42 +45,6 @@ class Wishes:
         return bool(self.interrupted_at) or self.terminated_at is not None
 
 
-class Output:
-    """Passes mpirun's standard output on, byte by byte as it comes, and counts it over all starts."""
-
-    def __init__(self):
-        self.passed, self.closed = 0, False
-        self._busy = False
-        self._heard_at = 0.0
-        self._last = b""  # some of what was passed on
-
-    def follow(self, pipe):
-        self._thread = threading.Thread(target=self._pass_on, args=(pipe,), daemon=True)
-        self._thread.start()
-
-    def drain(self):
-        """Wait for the rest, unless somebody who outlived mpirun keeps the pipe open."""
-        self._heard_at = time.monotonic()
-        while self._thread.is_alive() and (self._busy or time.monotonic() - self._heard_at < DRAIN_S):
-            self._thread.join(0.05)
-        if BANNER in self._last:  # it is no part of the text
-            self.passed -= len(self._last) - max(0, self._last.rfind(b"\n=", 0, self._last.find(BANNER) - 1))
-        self._last = b""
-
-    def _pass_on(self, pipe):
-        with pipe:
-            while data := pipe.read(1 << 16):
-                self._busy, self._heard_at = True, time.monotonic()
-                self._last = (self._last + data)[-1 << 16 :]
-                while data and not self.closed:
-                    try:
-                        count = os.write(1, data)
-                        self.passed, data = self.passed + count, data[count:]
-                    except OSError:
-                        self.closed = True
-                self._busy = False
-
-
 @dataclass
 class End:
     """How a start ended: mpirun's exit code, the program's own if rank 0 left one, and whether that was not rank 0's doing, since
@@ -89,6 +54,7 @@ class End:
     own_code: int | None
     innocent: bool
     began: float  # time.time()
+    wanted: frozenset = frozenset()  # why it was asked to end by `wanted` of Start.follow
 
 
 class Start:
@@ -98,8 +64,10 @@ class Start:
         self._exit_file, self._checkpoint, self._output, self._wishes = exit_file, checkpoint, output, wishes
         self._root, self._root_gone_at, self._looked_at = set(), None, 0.0
         self._began = time.time()
+        output.open(Path(environment[TEXT]) if TEXT in environment else None)
         places = dict.fromkeys(SESSION_PLACES, str(exit_file.parent))
-        variables = {**places, **os.environ, **environment, EXIT_FILE: str(exit_file)}
+        self._again_file = exit_file.with_name(exit_file.name + "-again")
+        variables = {**places, **os.environ, **environment, EXIT_FILE: str(exit_file), AGAIN_FILE: str(self._again_file)}
         try:
             self._mpirun = subprocess.Popen(line, env=variables, stdout=subprocess.PIPE, bufsize=0)
         except OSError as error:
@@ -111,9 +79,10 @@ class Start:
         """What all processes of this start have in their environment."""
         return f"{EXIT_FILE}={self._exit_file}"
 
-    def follow(self):
-        """Wait for mpirun's end, pass signals on, and end whatever does not end by itself."""
-        wishes, done_at, kill_at, interrupts, asked, killed = self._wishes, None, None, 0, False, False
+    def follow(self, wanted: Callable[[float], frozenset] = lambda began: frozenset()):
+        """Wait for mpirun's end, pass signals on, and end whatever does not end by itself. What `wanted` returns, once it is not empty,
+        is a reason to ask the program to end, so that it can be started again."""
+        wishes, done_at, kill_at, interrupts, asked_at, killed, why = self._wishes, None, None, 0, None, False, frozenset()
         while True:
             try:
                 code = self._mpirun.wait(timeout=0.1)
@@ -122,10 +91,14 @@ class Start:
                 now = time.monotonic()
             if self._output.closed and not wishes.interrupted_at:
                 wishes.interrupted_at.append(now)
-            if wishes.terminated_at and not asked:
-                asked = True
+            if asked_at is None and not wishes.any and done_at is None and (why := wanted(self._began)):
+                asked_at = now
+                self._again_file.touch()
+                self._mpirun.send_signal(signal.SIGUSR1)
+            if wishes.terminated_at and asked_at is None:
+                asked_at = now
                 self._mpirun.send_signal(signal.SIGUSR1)  # which it passes on to the ranks; of SIGTERM it ends them itself
-            grace_over = asked and now - wishes.terminated_at > wishes.grace_s
+            grace_over = asked_at and now - max(asked_at, wishes.terminated_at or 0) > wishes.grace_s
             if len(wishes.interrupted_at) > interrupts or grace_over and kill_at is None:
                 interrupts = len(wishes.interrupted_at)
                 kill_at = kill_at or now + INTERRUPT_S
@@ -139,7 +112,7 @@ class Start:
         innocent = any(map(is_alive, self._root_processes())) or code < 0 and not killed
         self._kill_all()  # ranks that mpirun left behind
         self._output.drain()
-        return End(code if code >= 0 else 128 - code, exit_code_in(self._exit_file), innocent, self._began)
+        return End(code if code >= 0 else 128 - code, exit_code_in(self._exit_file), innocent, self._began, why)
 
     def _root_is_gone(self, now):
         """Whether rank 0 has ended in the middle of a text without a word. Looked for only while a text is written."""

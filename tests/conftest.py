@@ -9,7 +9,8 @@ from bench.lab.scenario import Host, Scenario
 from halo_mpi.convert import write_model
 from halo_mpi.sources import open_source
 from tests.lab import why_not
-from tests.mpi import ROOT, halo, succeed
+from tests.launched import TEXT, Launched
+from tests.mpi import ROOT, halo, mpi_is_open_mpi, succeed
 from tests.tiny_models import TINY, write_tiny_hf
 
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,3 +111,24 @@ def can():
             pytest.skip(known[key])
 
     return check
+
+
+@pytest.fixture(scope="session")
+def whole(tiny):
+    """The text of an undisturbed run."""
+    code, out, err, _ = Launched(tiny, *TEXT, program="halo_mpi.generate").end()
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    """A hostfile of this computer and two others, and an agent that reaches them until their names are in the file `dead`."""
+    if not mpi_is_open_mpi():
+        pytest.skip("uses the launch agent of Open MPI")
+    agent, dead, hostfile = tmp_path / "agent", tmp_path / "dead", tmp_path / "hosts"
+    agent.write_text(f'#!/bin/sh\ngrep -qx "$1" {dead} && exit 255\nshift\nexec /bin/sh -c "$*"\n')
+    agent.chmod(0o755)
+    dead.write_text("")
+    hostfile.write_text("localhost slots=1\nboard-a slots=1\nboard-b slots=1\n")
+    return ("-hostfile", hostfile, "--prtemca", "plm_ssh_agent", agent, "--mca", "coll", "^han"), dead

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,25 @@ def test_what_is_written_is_read_again(tmp_path):
     assert [again.pick(logits, []) for _ in range(20)] == [sampler.pick(logits, []) for _ in range(20)]
     assert os.listdir(tmp_path) == ["c"]
     assert read_checkpoint(tmp_path / "none") is None
+
+
+def test_the_outlook_tells_what_is_to_come_of_all_texts_and_how_fast_it_comes(tmp_path):
+    texts = [Prompt(number, [1], Sampling(max_tokens=10)) for number in (1, 2)]
+    checkpoint = Checkpoint(tmp_path / "c", "m", 0, warn, to_come=20)
+
+    def outlook():
+        return read_checkpoint(tmp_path / "c").outlook
+
+    checkpoint.begin(texts[0], Sampler(SAMPLING), [7, 8], 1.0, 9.0)  # which another start wrote
+    assert outlook() == {"to_come": 18, "token_s": None, "first_at": None}
+    began = time.time()
+    for spent_s in (14.0, 14.5, 15.0):  # the first includes the prompt
+        checkpoint.token(1, Sampler(SAMPLING), 1.0, spent_s)
+    assert (outlook()["to_come"], outlook()["token_s"]) == (15, 0.5) and began <= (
+        first_at := outlook()["first_at"]
+    ) <= time.time()
+    checkpoint.begin(texts[1], Sampler(SAMPLING), [], 0.0, 0.0)
+    assert outlook() == {"to_come": 10, "token_s": 0.5, "first_at": first_at}
 
 
 def test_every_damage_is_told_with_the_file(tmp_path):

@@ -202,7 +202,7 @@ def test_hosts_that_answer_are_found_through_the_agent_and_cleaned(tmp_path, mon
     left = subprocess.Popen(["sleep", "50"], env={**os.environ, "HALO_TEST_LEFT": str(os.getpid())})
     other = subprocess.Popen(["sleep", "50"], env={**os.environ, "HALO_TEST_LEFT": f"{os.getpid()}1"})
     try:
-        assert hosts_that_answer(["localhost", "up", "down"], str(agent), mark, lambda: False) == {"localhost", "up"}
+        assert hosts_that_answer(["localhost", "up", "down"], str(agent), ["OTHER=1", mark], lambda: False) == {"localhost", "up"}
         assert left.wait(timeout=5) == -signal.SIGKILL and other.poll() is None
     finally:
         left.kill()

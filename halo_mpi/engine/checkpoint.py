@@ -9,23 +9,27 @@ import json
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from halo_mpi.engine.prompts import Prompt
 from halo_mpi.engine.sampling import Sampler, Sampling
 from halo_mpi.errors import DamagedFileError, InputError
 
-SCHEMA = 1
+SCHEMA = 2
 # The page cache outlives the process; only a root that loses its power needs the disk, and an SD card takes 10 to 100 ms for that.
 SYNC_EVERY_S = 10.0
 CHECKSUM = ', "crc32": '  # the file's last field, of all bytes before it
+RECENT = 16  # tokens, of whose times the median is told
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A text that was begun. `seed`: the run's, which prompts without one of their own have."""
+    """A text that was begun. `seed`: the run's, which prompts without one of their own have. `outlook` is for launch/halo-mpirun:
+    most tokens `to_come`, of later texts too, a token's time `token_s`, and when this run's first was there, time.time()."""
 
     model: str
     id: str | int | None
@@ -35,6 +39,7 @@ class Saved:
     random: dict
     ttft_ms: float
     spent_s: float
+    outlook: dict
     token_ids: list[int]
 
     def belongs(self, path: Path, model: str, texts: list[Prompt], done: set) -> bool:
@@ -77,11 +82,14 @@ def read_checkpoint(path: Path) -> Saved | None:
 
 
 class Checkpoint:
-    """The file of a run; without a `path` nothing is written. A disk that fails is told to `warn` once: the text goes on without."""
+    """The file of a run; without a `path` nothing is written. A disk that fails is told to `warn` once: the text goes on without.
+    `to_come`: most tokens of all texts."""
 
-    def __init__(self, path: Path | None, model: str, seed: int, warn: Callable[[str], None]):
+    def __init__(self, path: Path | None, model: str, seed: int, warn: Callable[[str], None], to_come: int = 0):
         self._path, self._model, self._seed, self._warn = path, model, seed, warn
         self._on = path is not None
+        self._later, self._first_at = to_come, None  # of texts not begun yet
+        self._recent_s: deque[float] = deque(maxlen=RECENT)
         self._synced_at = float("-inf")
 
     def begin(self, text: Prompt, sampler: Sampler, token_ids: list[int], ttft_ms: float, spent_s: float) -> None:
@@ -92,12 +100,20 @@ class Checkpoint:
         about |= {"sampling": _options(text.sampling), "seed": self._seed}
         self._about = json.dumps(about).removesuffix("}")
         self._ids = ", ".join(map(str, token_ids))
+        self._later -= text.sampling.max_tokens
+        self._to_come = text.sampling.max_tokens - len(token_ids)
+        self._spent_s = None  # when this run's latest token was there
         self._write(sampler, ttft_ms, spent_s)
 
     def token(self, token: int, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
         """The text has one more token; `sampler` is ready to choose the next."""
         if self._on:
             self._ids += f", {token}" if self._ids else str(token)
+            self._to_come -= 1
+            self._first_at = self._first_at or time.time()
+            if self._spent_s is not None:
+                self._recent_s.append(spent_s - self._spent_s)
+            self._spent_s = spent_s
             self._write(sampler, ttft_ms, spent_s)
 
     def remove(self) -> None:
@@ -106,7 +122,9 @@ class Checkpoint:
             _remove(self._path)
 
     def _write(self, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
-        now = json.dumps({"random": sampler.random_state, "ttft_ms": ttft_ms, "spent_s": spent_s})[1:-1]
+        token_s = median(self._recent_s) if self._recent_s else None
+        outlook = {"to_come": self._to_come + self._later, "token_s": token_s, "first_at": self._first_at}
+        now = json.dumps({"random": sampler.random_state, "ttft_ms": ttft_ms, "spent_s": spent_s, "outlook": outlook})[1:-1]
         body = f'{self._about}, {now}, "token_ids": [{self._ids}]'.encode()
         part = self._path.with_name(self._path.name + ".part")
         try:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from halo_mpi.errors import EXIT_TERMINATED
 
 ASKED = (signal.SIGTERM, signal.SIGUSR1)
+AGAIN_FILE = "HALO_MPI_AGAIN_FILE"  # the file of this name is there if the run is asked to end because it will be started again
 PATIENCE_S = 30  # so long may an end in order take
 
 
@@ -20,10 +21,10 @@ class Terminated(BaseException):
 
 
 class Ending:
-    """Whether the run was asked to end."""
+    """Whether the run was asked to end; `again`: it goes on in another start, so that nothing may be written but the text."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.again = False
 
 
 def end_at_once() -> None:
@@ -40,7 +41,7 @@ def in_order() -> Iterator[Ending]:
     def note(number, frame) -> None:
         if ending.asked:
             raise Terminated
-        ending.asked = True
+        ending.asked, ending.again = True, os.path.exists(os.environ.get(AGAIN_FILE, ""))
         signal.alarm(PATIENCE_S)
 
     with _handling({**dict.fromkeys(ASKED, note), signal.SIGALRM: _raise}):

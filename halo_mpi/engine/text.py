@@ -72,6 +72,8 @@ def complete(session: Session, prompt: Prompt, write: Callable[[str], None], che
         checkpoint.token(token, sampler, result.ttft_ms, spent_s)
         write(stream.push(token))
         session.token_done()
-    write(stream.finish())
+    rest = stream.finish()
+    if not (reason == "terminated" and ending.again):
+        write(rest)
     result.text, result.finish_reason = stream.text, reason
     return result
