@@ -115,8 +115,8 @@ class Start:
         return End(code if code >= 0 else 128 - code, exit_code_in(self._exit_file), innocent, self._began, why)
 
     def _root_is_gone(self, now):
-        """Whether rank 0 has ended in the middle of a text without a word. Looked for only while a text is written."""
-        if now - self._looked_at < LOOK_S or not written_since(self._checkpoint, self._began):
+        """Whether rank 0 has ended in the middle of a text without a word. Looked for only once there is something of a text."""
+        if now - self._looked_at < LOOK_S or self._checkpoint is None or not self._checkpoint.exists():
             return False
         self._looked_at = now
         if not any(map(is_alive, self._root)):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import socket
 import sys
 import time
@@ -26,6 +27,7 @@ from halo_mpi.errors import (
 )
 from halo_mpi.wire.sockets import ask_for_two_connections
 
+START_S = 120  # so long may MPI take to start
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 
@@ -39,10 +41,12 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--no-copies" not in arguments:
         ask_for_two_connections()
+    signal.alarm(START_S)  # ends the process even inside MPI's start, which hangs if a rank ends in the middle of it
     try:
         from mpi4py import MPI
 
         from halo_mpi.engine.agreement import AgreedError, complain
+        from halo_mpi.wire.mailbox import PROCESS_ENDED
         from halo_mpi.wire.worker_link import RootGone
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -51,6 +55,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     except KeyboardInterrupt:
         print("halo-mpi: interrupted", file=sys.stderr)
         os._exit(EXIT_INTERRUPTED)
+    signal.alarm(0)
     comm = MPI.COMM_WORLD
     verbose = "--verbose" in arguments
     try:
@@ -75,6 +80,8 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
             comm.Abort(EXIT_TERMINATED)
         os._exit(EXIT_TERMINATED)
     except BaseException as error:
+        if isinstance(error, MPI.Exception) and error.Get_error_class() == PROCESS_ENDED:
+            _end_without(comm, _ended(comm))
         code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
         if verbose:
             traceback.print_exc()
@@ -115,6 +122,23 @@ def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> P
         return Parting()
     with context:
         return command.invoke(context) or Parting()
+
+
+def _ended(comm) -> set[int]:
+    """Ranks whose process has ended, as far as MPI tells."""
+    failed = comm.Get_failed()
+    return set(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))
+
+
+def _end_without(comm, ended: set[int]) -> None:
+    """These ranks ended where the others cannot go on without them: one of them says so."""
+    from halo_mpi.engine.agreement import complain
+
+    if comm.rank == min(set(range(comm.size)) - ended):
+        who = f"rank {', '.join(map(str, sorted(ended)))}" if ended else "a rank"
+        complain(f"the process of {who} ended before the work began; start again")
+        _leave_exit_code(comm, EXIT_FAILED)
+    os._exit(EXIT_FAILED)
 
 
 def _leave_exit_code(comm, code: int) -> bool:
