@@ -23,7 +23,7 @@ modes = st.builds(
     lambda lag, quality, late, deadline: replace(RELAXED, max_lag=lag, quality=quality, late=late, deadline_ms=deadline),
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
-examples = generated(12)
+examples = generated(8)
 
 
 def caches_are_complete(simulation: Simulation, rows: int) -> None:
@@ -171,7 +171,7 @@ def test_the_check_finds_what_was_added_twice(deep, monkeypatch):
         Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT).text(IDS, 0)
 
 
-@settings(examples, max_examples=10)
+@settings(examples, max_examples=6)
 @given(slow_links, stalls, modes)
 def test_with_a_calibrated_model_the_same_holds(calibrated, delays, stalls, mode):
     simulation = Simulation(calibrated, RANKS, mode, delays, stalls, CONTEXT)

@@ -110,6 +110,7 @@ def without_a_host(tiny, hosts):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_a_host_that_is_back_is_taken_in_and_the_text_is_the_same_to_the_byte(tiny, long_text, hosts):
     code, out, err, _ = without_a_host(tiny, hosts).end()
@@ -120,6 +121,7 @@ def test_a_host_that_is_back_is_taken_in_and_the_text_is_the_same_to_the_byte(ti
     assert "on 3 ranks" in err
 
 
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_sigterm_ends_a_run_that_takes_a_host_in(tiny, long_text, hosts):
     run = without_a_host(tiny, hosts)

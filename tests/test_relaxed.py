@@ -199,6 +199,7 @@ def test_a_long_prompt_goes_in_large_messages(can, wide, tmp_path, sync):
 
 
 @lab
+@pytest.mark.slow
 def test_an_outage_of_20_seconds_is_survived(can, deep, tmp_path):
     """With TCP_RTO_MAX_MS alone Linux would give the connection up after 14 s."""
     can("kernel")

@@ -17,7 +17,7 @@ from tests.test_moves import any_plan
 from tests.test_protocol import RELAXED, slow_links, stalls
 
 pytestmark = pytest.mark.timeout(300)
-examples = generated(10)
+examples = generated(8)
 RESCUED = replace(STRICT, takeover_ms=100.0)
 faults = st.lists(st.tuples(st.integers(1, RANKS - 1), st.integers(0, 250), st.sampled_from(["end", "silent", "outage"])), max_size=4)
 
