@@ -54,7 +54,8 @@ class Rescue:
                 raise WorkersGone
 
     def take_over(self, position: int, epoch: int) -> bool:
-        """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches are whole then.
+        """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches hold
+        all of the text before it then.
 
         Raises HaloError if they cannot take it: no shard, no memory.
         """
@@ -78,21 +79,21 @@ class Rescue:
     def before_token(self, position: int, epoch: int) -> None:
         """Whoever is back gets again what it had at first; for runs in which no scheduler sees to it. Raises WorkersGone."""
         back = self._without - self._crew.done_without()
-        whole = self._crew.history is None  # no cache can be filled but with a new text
-        if not back or not self._mover.idle or not self._mover.may_move or position and whole:
+        anew = self._crew.history is None  # a cache can be filled only with a new text
+        if not back or not self._mover.idle or not self._mover.may_move or position and anew:
             return
         without = self._without - back
         plan = dealt_to_others(self._home, without, without, self._disks) if without else self._home
         if changed_keys(self._mover.plan, plan):
             self._note(f"rank {', '.join(map(str, sorted(back)))} gets its work again")
-            if whole:
+            if anew:
                 self._at_once(plan, position, epoch)
             else:
                 self._mover.aim_at(plan)
         self._without = without
 
     def _at_once(self, plan: Plan, position: int, epoch: int) -> int | None:
-        """Make this the plan now, if nobody refuses; the rank that does. Raises WorkersGone; HaloError if it is the root."""
+        """Make this the plan now; the rank that refuses, if one does, and then all stays as it is. Raises WorkersGone."""
         try:
             self._mover.begin_at_once(plan, epoch)
             self._wait(position)
