@@ -44,7 +44,10 @@ def expected(reference, tokenizer):
     return [reference.greedy(tokenizer.encode(prompt), TOKENS, banned) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=SLOW), 4, 5, pytest.param(8, marks=SLOW)])
 def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, expected, ranks, tmp_path):
     from tests.reference import same_until_uncertain
 
@@ -60,7 +63,7 @@ def test_greedy_ids_are_those_of_transformers_on_any_number_of_ranks(smollm2, ex
         assert same_until_uncertain(result["token_ids"], ids, margins), PROMPTS[result["id"]]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 3])
 def test_logits_of_the_first_32_positions(smollm2, reference, tokenizer, ranks, tmp_path):
     ids = tokenizer.encode(TEXT)[:32]
     (tmp_path / "jobs.json").write_text(
@@ -71,7 +74,7 @@ def test_logits_of_the_first_32_positions(smollm2, reference, tokenizer, ranks, 
     assert difference < 1e-3
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 3])
 def test_perplexity_is_that_of_transformers(smollm2, reference, tokenizer, ranks, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     options = ("--text", tmp_path / "text", "--tokens", 250, "--context", 160, "--logprobs", tmp_path / "scores.npy")

@@ -27,7 +27,7 @@ from halo_mpi.errors import (
 )
 from halo_mpi.wire.sockets import ask_for_two_connections
 
-START_S = 120  # so long may MPI take to start
+START_S = 60  # so long may MPI take to start
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
 EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
 

@@ -59,14 +59,20 @@ class Rescue:
 
         Raises HaloError if they cannot take it: no shard, no memory.
         """
-        begin, full, heads, taken = self._link.waiter.now(), set(), self._mover.plan.query, set()
+        begin, refusals, heads, taken = self._link.waiter.now(), {}, self._mover.plan.query, set()
         self._phase("re-placement")
         while gone := self.with_work(self._crew.done_without()):
             taken |= gone
-            plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | full, self._disks)
             try:
-                if (refused := self._at_once(plan, position, epoch)) is not None:
-                    full.add(refused)
+                plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | refusals.keys(), self._disks)
+            except HaloError as error:
+                if not refusals:
+                    raise
+                last = list(refusals.values())[-1]
+                raise Refused(last.rank, f"{error} ({last})", last.exit_code) from error
+            try:
+                if refusal := self._at_once(plan, position, epoch):
+                    refusals[refusal.rank] = refusal
             except WorkersGone:
                 pass  # somebody else, too
         self._without |= self._crew.done_without()
@@ -92,8 +98,8 @@ class Rescue:
                 self._mover.aim_at(plan)
         self._without = without
 
-    def _at_once(self, plan: Plan, position: int, epoch: int) -> int | None:
-        """Make this the plan now; the rank that refuses, if one does, and then all stays as it is. Raises WorkersGone."""
+    def _at_once(self, plan: Plan, position: int, epoch: int) -> Refused | None:
+        """Make this the plan now; the refusal of a rank, if one refuses, and then all stays as it is. Raises WorkersGone."""
         try:
             self._mover.begin_at_once(plan, epoch)
             self._wait(position)
@@ -102,7 +108,7 @@ class Rescue:
             if isinstance(error, WorkersGone):
                 raise
             self._note(f"takes no more over: {error}")
-            return error.rank
+            return error
         return None
 
     def mind_the_move(self) -> None:
