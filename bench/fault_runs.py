@@ -151,6 +151,17 @@ def complaints(run: dict, undisturbed: dict, codes: set[int], relaxed: bool = Fa
     return found
 
 
+def judged(run: dict, undisturbed: dict, codes: set[int], wrong: list[str]) -> dict:
+    """The run, with what is to be said of it."""
+    status = "ok" if not wrong else "hang" if run["status"] == "timeout" else "wrong"
+    return run | {
+        "status": status,
+        "error": "; ".join(wrong) or None,
+        "expected": sorted(codes),
+        "ids": text_of(run, undisturbed),
+    }
+
+
 def told(codes: set[int]) -> str:
     return " or ".join(map(str, sorted(codes)))
 

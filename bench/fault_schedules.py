@@ -10,7 +10,7 @@ import random
 import click
 
 from bench.cells import require_lab
-from bench.fault_runs import HOSTS, Setting, complaints, expected_codes, lasted_s, play, text_of, told
+from bench.fault_runs import HOSTS, Setting, complaints, expected_codes, judged, lasted_s, play, told
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import measure
 from bench.shapes import config_of, model_options
@@ -61,14 +61,7 @@ def run_schedule(setting: Setting, seed: int, undisturbed: dict) -> dict:
     """What became of one run with faults, judged."""
     run = play(setting, schedule(seed, lasted_s(undisturbed)), LIMIT_S + TIMES * undisturbed["wall_s"], seed)
     codes = expected_codes(run["lab"]["events"] if run["lab"] else [], lasted_s(run))
-    wrong = complaints(run, undisturbed, codes)
-    status = "ok" if not wrong else "hang" if run["status"] == "timeout" else "wrong"
-    return run | {
-        "status": status,
-        "error": "; ".join(wrong) or None,
-        "expected": sorted(codes),
-        "ids": text_of(run, undisturbed),
-    }
+    return judged(run, undisturbed, codes, complaints(run, undisturbed, codes))
 
 
 def told_events(run: dict) -> str:

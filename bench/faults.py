@@ -14,7 +14,7 @@ import click
 from bench.cells import require_lab
 from bench.estimates import NOVEL
 from bench.fault_runs import DONE, FAILED, LOST, PROMPT, Setting, complaints, damaged_copy, expected_codes, full_disk, lasted_s
-from bench.fault_runs import play, prompts_file, text_of, told
+from bench.fault_runs import judged, play, prompts_file, told
 from bench.modes import Names
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import measure
@@ -123,23 +123,17 @@ class Cases:
             if fault.damaged:
                 setting = replace(setting, damaged=stack.enter_context(damaged_copy(setting.model)))
             run = play(setting, self.events(fault, moment), limit_s)
-        return judged(run, undisturbed, fault, setting.mode == "relaxed")
+        return judged_as(fault, run, undisturbed, setting.mode == "relaxed")
 
 
-def judged(run: dict, undisturbed: dict, fault: Fault, relaxed: bool) -> dict:
+def judged_as(fault: Fault, run: dict, undisturbed: dict, relaxed: bool) -> dict:
     log = run["lab"]["events"] if run["lab"] else []
     codes = set(fault.codes) or expected_codes(log, lasted_s(run))
     wrong = complaints(run, undisturbed, codes, relaxed)
     played = [entry for entry in log if entry["action"] in {event["action"] for event in fault.events} and "failed" not in entry]
     if len(played) < len(fault.events):
         wrong.insert(0, "the fault was not played: its moment did not come, or it could not be done")
-    status = "ok" if not wrong else "hang" if run["status"] == "timeout" else "wrong"
-    return run | {
-        "status": status,
-        "error": "; ".join(wrong) or None,
-        "expected": sorted(codes),
-        "ids": text_of(run, undisturbed),
-    }
+    return judged(run, undisturbed, codes, wrong)
 
 
 def name_of(cell: dict) -> str:
