@@ -19,19 +19,8 @@ EXIT_TIMEOUT = 124
 # But for what a mode says: nothing that is measured decides who computes what, and whoever is late is waited for.
 EVEN = ("--placement", "importance", "--takeover-ms", "0")
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
-LAB_KEYS = (
-    "backend",
-    "seed",
-    "duration_s",
-    "generation_s",
-    "tokens",
-    "starts",
-    "longest_wait_s",
-    "orphans",
-    "events",
-    "links",
-    "costs",
-)
+LAB_KEYS = ("backend", "seed", "duration_s", "generation_s", "tokens", "starts", "longest_wait_s", "orphans", "events", "links",
+            "costs")  # fmt: skip
 
 
 def require_lab() -> None:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
+import numpy as np
 
 from bench.cells import EXIT_TIMEOUT, LAB_S, outcome, toml
+from halo_mpi.store.reader import RecordFile
 
 HOSTS = 4
 PROMPT = "Once upon a time, in a village by the sea, there lived an old dog"
@@ -195,22 +196,14 @@ def damaged_copy(model: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
         copy = Path(shutil.copytree(model, Path(name) / model.name))
         for shard in copy.glob("shard-*.h5"):
-            offsets = []
-            with h5py.File(shard, "r") as file:
-                file.visititems(lambda _, item: offsets.extend(chunk_offsets(item)))
+            tables = RecordFile(shard).tables.values()
             with open(shard, "r+b") as raw:
-                for offset in offsets:
+                for offset in np.concatenate([table.offsets.ravel() for table in tables]).tolist():
                     raw.seek(offset + 40)
                     byte = raw.read(1)
                     raw.seek(offset + 40)
                     raw.write(bytes([byte[0] ^ 1]))
         yield copy
-
-
-def chunk_offsets(item) -> list[int]:
-    if not getattr(item, "chunks", None):
-        return []
-    return [item.id.get_chunk_info(number).byte_offset for number in range(item.id.get_num_chunks())]
 
 
 def prompts_file(folder: Path) -> Path:

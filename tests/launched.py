@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.lab.processes import parent_of
 from tests.mpi import EVEN, ROOT
 
-TEXT = (
-    *EVEN,
-    "--wire",
-    "f32",
-    "--prompt",
-    "The quick",
-    "--max-tokens",
-    "40",
-    "--ignore-eos",
-    "--temperature",
-    "1.0",
-    "--seed",
-    "5",
-)
+TEXT = (*EVEN, "--wire", "f32", "--prompt", "The quick", "--max-tokens", "40", "--ignore-eos", "--temperature", "1.0",
+        "--seed", "5")  # fmt: skip
 
 
 class Launched:
@@ -67,7 +56,7 @@ class Launched:
         return next(pid for pid, environment in self.processes() if names & set(environment))
 
     def mpirun(self):
-        return next(pid for pid, _ in self.processes() if parent(pid) == self.process.pid)
+        return next(pid for pid, _ in self.processes() if parent_of(pid) == self.process.pid)
 
     def send(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
@@ -85,7 +74,3 @@ class Launched:
         left = [pid for pid, _ in self.processes()]
         assert not left, left
         return self.process.returncode, self.out + out, err.decode(), took
-
-
-def parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

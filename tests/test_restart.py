@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.launched import TEXT, Launched, parent
+from bench.lab.processes import parent_of
+from tests.launched import TEXT, Launched
 from tests.mpi import EVEN, ROOT, mpi_tolerates
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(90)]
@@ -79,14 +80,14 @@ def test_a_host_that_goes_down_is_left_out_and_the_text_goes_on(tiny, whole, hos
     options, dead = hosts
     run = Launched(tiny, *TEXT, options=options).until(20)
     dead.write_text("board-a\n")
-    code, out, err, _ = run.send(parent(run.rank(1))).end()
+    code, out, err, _ = run.send(parent_of(run.rank(1))).end()
     assert (code, out) == (3, whole), err
     assert "do not answer: board-a;" in err and "on 2 ranks" in err
 
 
 def test_a_daemon_that_is_killed_on_a_host_that_answers_costs_nothing(tiny, whole, hosts):
     run = Launched(tiny, *TEXT, options=hosts[0]).until(20)
-    code, out, err, _ = run.send(parent(run.rank(2))).end()
+    code, out, err, _ = run.send(parent_of(run.rank(2))).end()
     assert (code, out) == (0, whole), err
     assert "left out" not in err and "on 3 ranks" in err
 

@@ -122,9 +122,8 @@ class Director:
         elif event.action == "heal":
             conditions.black_holes.discard(host)
         self.lab.apply()
-        if (
-            event.action == "reboot"
-        ):  # nobody hears of it: the links are cut before, and the kernel soon forgets what was connected
+        if event.action == "reboot":
+            # Nobody hears of it: the links are cut before, and the kernel soon forgets what was connected.
             namespace = self.lab.names.namespace(host)
             inside(namespace, lambda: set_kernel_value("net/ipv4/tcp_orphan_retries", 1))
             end_processes(namespace)

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from bench.lab.processes import is_alive
 
-VERSIONS = (
-    ("memory", "memory.limit_in_bytes"),
-    ("", "memory.max"),
-)  # cgroups 1 and 2: folder of /sys/fs/cgroup, name of the limit
+# Of cgroups 1 and 2: folder of /sys/fs/cgroup, name of the limit.
+VERSIONS = (("memory", "memory.limit_in_bytes"), ("", "memory.max"))
 ROOT = Path("/sys/fs/cgroup")
 LIMIT_BYTES = 4096  # what it has already counts for its former cgroup
 PATIENCE_S = 0.2  # then the process is killed all the same

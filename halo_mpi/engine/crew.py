@@ -116,8 +116,11 @@ class Crew:
 
     def silent(self, workers: set[int], now: float) -> set[int]:
         """Those of the workers that said nothing for so long that the root should do without them."""
-        usual_s = {rank: self._link.peers[rank].deadline.usual_s for rank in workers}
-        return {rank for rank in workers if now - self.waiting_since(rank, now) > self._outage_s + 2 * usual_s[rank]}
+        return {
+            rank
+            for rank in workers
+            if now - self.waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
+        }
 
     def computing_s(self, rank: int, kind: Kind, layer: int, rows: int, own_s: float) -> float:
         """How long the worker may compute its part: by its last answer, else by the root's own time for its part, if it has one."""

@@ -16,7 +16,7 @@ from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.errors import HaloError
 from halo_mpi.model.llama import Cache, LayerWeights, Share, runs_of
 from halo_mpi.model.loading import Held, Part, attention_part, ffn_part
-from halo_mpi.model.sizes import attention_shapes, cache_bytes, ffn_shapes, shape_bytes
+from halo_mpi.model.sizes import layer_bytes, shape_bytes
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Change
 from halo_mpi.schedule.residence import reside
@@ -118,15 +118,11 @@ class Holdings:
         config, context = self.share.config, self.share.context
         if self._first and self._first.residence.streamed_bytes:
             raise HaloError("it reads weights at every token, as its memory demands, and can take over none")
-
-        def taken(heads: list[int], groups: list[int]) -> int:
-            matrices = shape_bytes(attention_shapes(config, heads)) + shape_bytes(ffn_shapes(config, groups))
-            return matrices + cache_bytes(config, [heads], context)
-
-        new = sum(taken(own.heads, own.groups) for own in changes.values())
+        new = sum(layer_bytes(config, own.heads, own.groups, context) for own in changes.values())
         free = available_bytes()
         if self._budget is not None:
-            free = min(free, self._budget - sum(map(taken, self.heads, self.groups)))
+            held = sum(layer_bytes(config, heads, groups, context) for heads, groups in zip(self.heads, self.groups))
+            free = min(free, self._budget - held)
         if new > free:
             raise HaloError(
                 f"its new part takes {mebibytes(new)} until the old one is given up, and {mebibytes(max(0, free))} are free"

@@ -20,10 +20,10 @@ from halo_mpi.engine.holdings import Holdings, new_kv_heads
 from halo_mpi.engine.predictor import Predictor
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import attention_shapes, cache_bytes, ffn_shapes, shape_bytes
+from halo_mpi.model.sizes import layer_bytes
 from halo_mpi.schedule.placement import Change, Plan, changed_keys
 from halo_mpi.wire.messages import PLANS, TEXT_ROWS, rows_text, text_rows
-from halo_mpi.wire.root_link import RootLink
+from halo_mpi.wire.root_link import Peer, RootLink
 
 STEP_BYTES = 48 * 2**20  # of matrices and cache that a rank holds twice, at most, if one layer's are not more
 PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2 * 2**20  # of attention inputs, before a token
@@ -140,19 +140,14 @@ class Mover:
     def _step(self) -> Plan:
         """The plan in force, with the next layers of what it shall be."""
         query, ffn, layers = self.plan.query.copy(), self.plan.ffn.copy(), 0
-        held = np.zeros(self._link.ranks, int)
+        held, context = np.zeros(self._link.ranks, int), self._holdings.share.context
         own = [(self._aim.query_heads(rank), self._aim.groups(rank)) for rank in range(self._link.ranks)]
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
-            held += [self._bytes(heads[layer], groups[layer]) for heads, groups in own]
+            held += [layer_bytes(self._config, heads[layer], groups[layer], context) for heads, groups in own]
             if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
         return Plan(self._aim.name, query, ffn)
-
-    def _bytes(self, heads: list[int], groups: list[int]) -> int:
-        """What a rank's part of a layer takes, its cache included."""
-        matrices = shape_bytes(attention_shapes(self._config, heads)) + shape_bytes(ffn_shapes(self._config, groups))
-        return matrices + cache_bytes(self._config, [heads], self._holdings.share.context)
 
     def _announce(self, plan: Plan) -> None:
         """Tell everybody what comes next."""
@@ -194,7 +189,7 @@ class Mover:
 
     def _refill(self, position: int) -> bool:
         """Send some rows for caches that are being filled; whether nothing is lacking then."""
-        now, peers = self._link.waiter.now(), [self._link.peers[rank] for rank, _ in self._refilled if rank]
+        now, peers = self._link.waiter.now(), self._filling()
         took_s = max([self._own_s, *(peer.replayed_at - self._sent_at for peer in peers)])
         token_s = now - self._sent_at
         if any(peer.replays for peer in peers):
@@ -207,9 +202,13 @@ class Mover:
         self._sent_at = now
         return self._send_rows(position, self._portion, FASTER * len(self._refilled))
 
+    def _filling(self) -> list[Peer]:
+        """Workers with caches that are being filled."""
+        return [self._link.peers[rank] for rank in {rank for rank, _ in self._refilled} if rank]
+
     def _refill_at_once(self, position: int) -> bool:
         """The same, as fast as it can be done."""
-        peers = [self._link.peers[rank] for rank in {rank for rank, _ in self._refilled} if rank]
+        peers = self._filling()
         if any(peer.replays for peer in peers):
             return False
         return self._send_rows(position, AT_ONCE_BYTES, 1) and not any(peer.replays for peer in peers)

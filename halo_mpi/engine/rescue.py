@@ -20,6 +20,20 @@ STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
 LEAST = 0.01  # of a head or group: what a rank without work counts as having, when work is dealt to those that are left
 
 
+class Vigil:
+    """Waiting for others: `since` when this process has looked again and again, but for the times in which it was stopped itself."""
+
+    def __init__(self, now: float):
+        self.since = self.looked_at = now
+
+    def look(self, now: float) -> float:
+        """It looks now; seconds since the last time."""
+        passed_s, self.looked_at = now - self.looked_at, now
+        if passed_s > STOPPED_S:
+            self.since = now
+        return passed_s
+
+
 class Rescue:
     """`disks`: what each rank's holds. `silent_s`: how long somebody who must answer may be silent; 0: for ever.
 
@@ -43,7 +57,9 @@ class Rescue:
         Raises WorkersGone then.
         """
         crew, link, now = self._crew, self._link, self._link.waiter.now()
-        for rank in waited_for - crew.done_without() if self.silent_s else ():
+        if not self.silent_s or now - since < self.silent_s / 2:
+            return
+        for rank in waited_for - crew.done_without():
             silent_s = now - max(since, crew.waiting_since(rank, now))
             if silent_s < self.silent_s / 2:
                 continue
@@ -130,7 +146,7 @@ class Rescue:
     def _wait(self, position: int) -> None:
         """Until the plan that the mover was told is in force. Raises WorkersGone, Refused."""
         link, begin = self._link, self._link.waiter.now()
-        looked_at = since = begin
+        vigil = Vigil(begin)
         while True:
             missing = self._mover.go_on_at_once(position)
             if self._mover.idle:
@@ -138,8 +154,8 @@ class Rescue:
             for _ in link.poll():
                 pass  # an answer of the token that was given up
             now = link.waiter.now()
-            since, looked_at = now if now - looked_at > STOPPED_S else since, now
-            if self._crew.notice() or self._ask_who_is_there(missing, since, 2 * self.silent_s):
+            vigil.look(now)
+            if self._crew.notice() or self._ask_who_is_there(missing, vigil.since, 2 * self.silent_s):
                 raise WorkersGone
             if now - begin > MOST_S and self.silent_s:
                 raise HaloError(f"the ranks that are left could not load the work of those that are gone in {MOST_S:.0f} s")

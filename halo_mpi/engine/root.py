@@ -25,7 +25,7 @@ from halo_mpi.engine.open_sums import OpenSums
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import Predictor
 from halo_mpi.engine.replacer import Replacer
-from halo_mpi.engine.rescue import STOPPED_S, Rescue
+from halo_mpi.engine.rescue import Rescue, Vigil
 from halo_mpi.engine.vocabulary import ReadVocabulary
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Trunk, rms_norm
@@ -103,11 +103,11 @@ class Root:
             if self.replacer and self.mover.may_move and self._without.affords_always(gone):
                 gone = set()
         if rescue.with_work(gone):
-            self._whole &= self.rescue.take_over(position, self._epoch)
+            self._whole &= rescue.take_over(position, self._epoch)
         elif not self.mover.idle:
-            self.rescue.mind_the_move()
+            rescue.mind_the_move()
         elif not self.replacer:
-            self.rescue.before_token(position, self._epoch)
+            rescue.before_token(position, self._epoch)
         if not self._whole:
             for start in range(0, position, PREFILL_ROWS):
                 self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
@@ -206,7 +206,8 @@ class Root:
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
-        own_done = looked_at = since = link.waiter.now()
+        own_done = link.waiter.now()
+        vigil = Vigil(own_done)
         while True:
             for answer in link.poll():
                 if answer.seq == seq:
@@ -217,13 +218,14 @@ class Root:
                     elif counting:
                         ledger.on_time += 1
                     if counting and self.replacer:
-                        self.replacer.answered(answer, kind, layer, waited_for=looked_at > own_done)
+                        self.replacer.answered(answer, kind, layer, waited_for=vigil.looked_at > own_done)
                 else:
                     self._take_late(answer)
             overdue = self._sums.overdue()
             if not missing and not overdue:
                 return answers, late
-            now, missed_s = link.waiter.now(), link.waiter.now() - looked_at
+            now = link.waiter.now()
+            passed_s = vigil.look(now)
             for rank in missing | overdue:
                 if rank in missing and rank not in late and now > crew.deadline(rank, seq, own_done):
                     late.add(rank)
@@ -233,10 +235,8 @@ class Root:
                 return answers, late
             if counting:
                 missing -= self._without.leave_behind(crew.silent(missing | overdue, now))
-                missing -= self._without.pause(crew.too_slow(missing & late | overdue, missed_s, now))
-            since = now if missed_s > STOPPED_S else since
-            missing -= self._look_who_is_gone(missing | overdue, counting, since, patience_s)
-            looked_at = now
+                missing -= self._without.pause(crew.too_slow(missing & late | overdue, passed_s, now))
+            missing -= self._look_who_is_gone(missing | overdue, counting, vigil.since, patience_s)
             link.waiter.wait()
 
     def _look_who_is_gone(
@@ -269,7 +269,7 @@ class Root:
         link, self._without.at = self._link, 2 * self._config.layers
         if not self._sums:
             return x
-        looked_at = since = link.waiter.now()
+        vigil = Vigil(link.waiter.now())
         while True:
             for answer in link.poll():
                 self._take_late(answer)
@@ -279,10 +279,8 @@ class Root:
             for rank in late:
                 link.kick(rank)
             self._without.leave_behind(self.crew.silent(late, now))
-            self._without.pause(self.crew.too_slow(late, now - looked_at, now))
-            since = now if now - looked_at > STOPPED_S else since
-            self._look_who_is_gone(late, True, since, lambda rank: UNKNOWN_S)
-            looked_at = now
+            self._without.pause(self.crew.too_slow(late, vigil.look(now), now))
+            self._look_who_is_gone(late, True, vigil.since, lambda rank: UNKNOWN_S)
             link.waiter.wait()
 
     def _add(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:

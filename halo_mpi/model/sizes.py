@@ -50,6 +50,12 @@ def cache_bytes(config: ModelConfig, query_heads: list[list[int]], context: int)
     return 2 * 4 * kv_heads * context * config.head_dim
 
 
+def layer_bytes(config: ModelConfig, query_heads: list[int], groups: list[int], context: int) -> int:
+    """Some query heads and FFN groups of a layer, their cache for `context` positions included."""
+    matrices = shape_bytes(attention_shapes(config, query_heads)) + shape_bytes(ffn_shapes(config, groups))
+    return matrices + cache_bytes(config, [query_heads], context)
+
+
 def trunk_bytes(config: ModelConfig) -> int:
     """What the root needs besides its share: embedding and head."""
     return 4 * config.hidden * config.vocabulary * (1 if config.tied else 2)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
+from halo_mpi.model.sizes import layer_bytes
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.placement import Disks, Plan, order_of_heads, without_ends
 from halo_mpi.schedule.work import Work
@@ -42,7 +42,7 @@ def room(plan: Plan, config: ModelConfig, cluster: Cluster, work: Work) -> int |
     for rank, device in enumerate(cluster.devices):
         heads, groups = plan.query_heads(rank), plan.groups(rank)
         if device.memory is not None:
-            taken = sum(map(shape_bytes, part_shapes(config, heads, groups))) + cache_bytes(config, heads, work.context)
+            taken = sum(layer_bytes(config, *own, work.context) for own in zip(heads, groups))
             own = device.memory - taken - (work.root_bytes if rank == 0 else 0)
             left = own if left is None else min(left, own)
     return left
