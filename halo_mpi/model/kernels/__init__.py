@@ -1,0 +1,1 @@
+"""How a rank keeps its matrices and multiplies with them."""
