@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.errors import HaloError
-from halo_mpi.model.llama import Cache, LayerWeights, Share, runs_of
+from halo_mpi.model.kernels.reference import ReferenceShare as Share
+from halo_mpi.model.llama import Cache, LayerWeights, runs_of
 from halo_mpi.model.loading import Held, Part, attention_part, ffn_part
 from halo_mpi.model.sizes import layer_bytes, shape_bytes
 from halo_mpi.schedule.memory import available_bytes, mebibytes
@@ -132,7 +133,7 @@ class Holdings:
         """Whether all is loaded for this plan. Raises what reading raised."""
         return bool(self._coming and self._coming.plan == plan) and self._coming.loader.is_done()
 
-    def refill(self, layer: int, x: torch.Tensor, position: int) -> None:
+    def refill(self, layer: int, x: np.ndarray, position: int) -> None:
         """Append K and V of the normed input x [T, D] at `position` to the cache that a layer will have."""
         coming = self._coming
         if coming and layer in coming.caches:

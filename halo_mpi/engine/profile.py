@@ -14,7 +14,8 @@ from mpi4py import MPI
 from halo_mpi.engine.agreement import together
 from halo_mpi.engine.marks import Marks
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import LayerWeights, Share, runs_of
+from halo_mpi.model.kernels.reference import ReferenceShare as Share
+from halo_mpi.model.llama import LayerWeights, runs_of
 from halo_mpi.model.records import split_evenly
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
@@ -62,7 +63,7 @@ class Computing:
     """
 
     def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
-        x = torch.full((1, config.hidden), 0.5)
+        x = np.full((1, config.hidden), 0.5, np.float32)
         self._marks, self._calls = marks, 0
         kinds = (
             ("attention_ms", config.heads, 16 * config.hidden * config.head_dim, lambda heads: _sample(config, heads, 0),
@@ -137,7 +138,7 @@ class OneGroup:
     """One FFN group of several layers, by which a rank that has no work tells how fast it is."""
 
     def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
-        self._share, self._x = _sample(config, 0, 1), torch.full((1, config.hidden), 0.5)
+        self._share, self._x = _sample(config, 0, 1), np.full((1, config.hidden), 0.5, np.float32)
         self._even_share, self._marks = ranks / config.groups, marks
 
     def usual_s(self) -> float:

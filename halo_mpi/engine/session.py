@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
@@ -62,7 +61,6 @@ class Session:
         self.parting = Parting()
         self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
-        torch.set_grad_enabled(False)
         sharpen_timers()
         self.run = self._with_roots_options(run)
         self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
@@ -106,7 +104,8 @@ class Session:
         if self.is_root:
             self.root = Root(
                 self.config,
-                weights.trunk,
+                weights.norms,
+                weights.vocabulary,
                 weights.holdings,
                 self.plan,
                 self.link,
@@ -116,7 +115,6 @@ class Session:
                 self.event,
                 self.warn,
                 predictor,
-                weights.vocabulary,
                 self.keeps,
             )
             self._say_what_is_not_survived()

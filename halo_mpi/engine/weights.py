@@ -11,9 +11,10 @@ from halo_mpi.engine.agreement import AgreedError
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.predictor import predictor_bytes
-from halo_mpi.engine.vocabulary import ReadVocabulary
-from halo_mpi.model.llama import Share, Trunk
-from halo_mpi.model.loading import Part, head_parts, load_trunk, share_parts
+from halo_mpi.engine.vocabulary import HeldVocabulary, ReadVocabulary, Vocabulary
+from halo_mpi.model.kernels.reference import ReferenceShare as Share
+from halo_mpi.model.loading import Part, head_parts, share_parts
+from halo_mpi.model.norms import Norms, load_norms
 from halo_mpi.model.sizes import cache_bytes, shape_bytes, trunk_bytes
 from halo_mpi.schedule.memory import Need, available_bytes, check_memory
 from halo_mpi.schedule.residence import Residence, reside
@@ -31,8 +32,8 @@ class Weights:
     """
 
     holdings: Holdings | None = None
-    trunk: Trunk | None = None  # on the root
-    vocabulary: ReadVocabulary | None = None  # on the root, if the trunk does not hold it
+    norms: Norms | None = None  # on the root
+    vocabulary: Vocabulary | None = None  # on the root
     loader: Loader | None = None
 
     def __init__(self, session: Session, loaded: Callable[[], None]):
@@ -57,9 +58,11 @@ class Weights:
             with enough_memory():
                 self.loader = Loader(parts, residence, loaded, is_root)
                 if is_root:
-                    self.trunk = load_trunk(store, config, vocabulary=not blocks)
-                if blocks:
-                    self.vocabulary = ReadVocabulary(store, config, blocks, self.loader.need, 2 * config.layers)
+                    self.norms = load_norms(store, config)
+                    if blocks:
+                        self.vocabulary = ReadVocabulary(store, config, blocks, self.loader.need, 2 * config.layers)
+                    else:
+                        self.vocabulary = HeldVocabulary(store, config)
                 if run.load_first:
                     self.loader.load()
                 share = Share(config, layers, session.context)
@@ -79,7 +82,7 @@ class Weights:
 
     def to_dict(self) -> dict:
         """For the report's device."""
-        residence, trunk = self.loader.residence, self.trunk.nbytes if self.trunk else 0
+        residence, trunk = self.loader.residence, self.vocabulary.nbytes if self.vocabulary else 0
         whole = trunk + (sum(residence.sizes) if residence.streamed_bytes else self.holdings.weights_bytes)
         return {
             "weights_bytes": whole,

@@ -121,28 +121,15 @@ class Share:
 
 @dataclass(slots=True)
 class Trunk:
-    """What only the root holds: the vocabulary, unless it is read at every token, and the norms."""
+    """Vocabulary, norms, and the biases that are added once."""
 
-    embedding: torch.Tensor  # [V, D], or empty
-    head: torch.Tensor  # [V, D], the same tensor if tied, or empty
+    embedding: torch.Tensor  # [V, D]
+    head: torch.Tensor  # [V, D], the same tensor if tied
     attention_norms: torch.Tensor  # [layers, D]
     ffn_norms: torch.Tensor  # [layers, D]
     final_norm: torch.Tensor  # [D]
     o_bias: torch.Tensor | None  # [layers, D]
     down_bias: torch.Tensor | None  # [layers, D]
-
-    def embed(self, tokens: list[int]) -> torch.Tensor:
-        """The residual vectors [T, D] with which tokens begin."""
-        return self.embedding[tokens]
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, V] for the normed residual vectors x [T, D]."""
-        return F.linear(x, self.head)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = {id(tensor): tensor for tensor in (self.embedding, self.head, self.attention_norms, self.ffn_norms)}
-        return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights, Trunk, runs_of
+from halo_mpi.model.norms import load_norms
 from halo_mpi.model.records import VOCABULARY_BLOCK, vocabulary_blocks
 from halo_mpi.model.sizes import Shapes, attention_shapes, ffn_shapes, head_shapes
 from halo_mpi.store.reader import ModelStore
@@ -191,32 +192,25 @@ def read_head(store: ModelStore, config: ModelConfig, number: int, block: HeadBl
     block.rows.numpy()[:] = read_vocabulary(store, config, "embedding" if config.tied else "head", number)
 
 
-def load_trunk(store: ModelStore, config: ModelConfig, vocabulary: bool = True) -> Trunk:
-    """Read norms, and embedding and head unless they are to be read at every token, from model.h5."""
+def load_vocabulary(store: ModelStore, config: ModelConfig, table: str) -> torch.Tensor:
+    """The whole embedding or head, f32 [V, D]."""
+    matrix = torch.empty(config.vocabulary, config.hidden)
+    for block in range(vocabulary_blocks(config)):
+        rows = matrix.numpy()[block * VOCABULARY_BLOCK : (block + 1) * VOCABULARY_BLOCK]
+        rows[:] = read_vocabulary(store, config, table, block)
+    return matrix
 
-    def whole(table: str) -> torch.Tensor:
-        matrix = torch.empty(config.vocabulary if vocabulary else 0, config.hidden)
-        for block in range(vocabulary_blocks(config) if vocabulary else 0):
-            matrix.numpy()[block * VOCABULARY_BLOCK : (block + 1) * VOCABULARY_BLOCK] = read_vocabulary(
-                store, config, table, block
-            )
-        return matrix
 
-    layout = store.layout("layer")
-    records = [store.read("layer", layer, 0) for layer in range(config.layers)]
-
-    def vectors(name: str) -> torch.Tensor | None:
-        if name not in layout.parts:
-            return None
-        return torch.cat([torch.from_numpy(layout.unpack(record, name)) for record in records])
-
-    embedding = whole("embedding")
+def load_trunk(store: ModelStore, config: ModelConfig) -> Trunk:
+    """Read norms, embedding and head from model.h5."""
+    embedding = load_vocabulary(store, config, "embedding")
+    norms = load_norms(store, config)
     return Trunk(
         embedding=embedding,
-        head=embedding if config.tied else whole("head"),
-        attention_norms=vectors("attention_norm"),
-        ffn_norms=vectors("ffn_norm"),
-        final_norm=torch.from_numpy(store.layout("final").unpack(store.read("final", 0, 0), "norm"))[0],
-        o_bias=vectors("o.bias"),
-        down_bias=vectors("down.bias"),
+        head=embedding if config.tied else load_vocabulary(store, config, "head"),
+        attention_norms=torch.from_numpy(norms.attention),
+        ffn_norms=torch.from_numpy(norms.ffn),
+        final_norm=torch.from_numpy(norms.final),
+        o_bias=None if norms.o_bias is None else torch.from_numpy(norms.o_bias),
+        down_bias=None if norms.down_bias is None else torch.from_numpy(norms.down_bias),
     )
