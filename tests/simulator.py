@@ -20,8 +20,8 @@ from halo_mpi.engine.root import Root
 from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.reference import ReferenceShare
-from halo_mpi.model.loading import load_layer
+from halo_mpi.model.kernels.reference import Reference
+from halo_mpi.model.whole import load_layer
 from halo_mpi.model.norms import load_norms
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
@@ -141,7 +141,7 @@ class Simulation:
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
-        norms, vocabulary = load_norms(store, config), HeldVocabulary(store, config)
+        norms, vocabulary = load_norms(store, config), HeldVocabulary(store, Reference(config))
         keeps = sync.mode == "relaxed" if keeps is None else keeps
         note = self.notes.append
         self.root = root = Root(
@@ -155,7 +155,8 @@ class Simulation:
     def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)
         layers = [load_layer(store, self.config, layer, heads[layer], groups[layer]) for layer in range(self.config.layers)]
-        return Holdings(store, ReferenceShare(self.config, layers, context), heads, groups, ranks)
+        kernel = Reference(self.config)
+        return Holdings(store, kernel, kernel.share(layers, context), heads, groups, ranks)
 
     def text(self, ids: list[int], prefill: int) -> np.ndarray:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""

@@ -33,6 +33,7 @@ from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import EXIT_DONE, EXIT_LOST
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
@@ -63,10 +64,11 @@ class Session:
         self.marks = Marks.from_environment(comm.rank)
         sharpen_timers()
         self.run = self._with_roots_options(run)
-        self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
+        self.hosts, self.ranks_on_host, threads = share_cores(comm, self.run.threads)
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
@@ -198,7 +200,7 @@ class Session:
         root, advice = self.root, basis.advice
         first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
         calibration = self.store.meta.get("calibration")
-        return Replacer(self.config, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
+        return Replacer(self.kernel.sizes, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
                         self.event, self.marks.phase)  # fmt: skip
 
     @property
@@ -269,6 +271,6 @@ class Session:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
         shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("placement", "moves", "memory", "threads", "load_first", "verbose")}
+            self.comm, {name: getattr(run, name) for name in ("kernel", "placement", "moves", "memory", "threads", "load_first", "verbose")}
         )
         return replace(run, sync=sync, **shared)
