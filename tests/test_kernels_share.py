@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.share import CompiledHead, CompiledShare, LayerWeights
+from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes, stored_tiles, tiles_across, tiles_down
-from halo_mpi.model.llama import LayerWeights as TorchWeights
+from halo_mpi.model.layer_weights import LayerWeights
 from halo_mpi.model.llama import Share, runs_of
 from halo_mpi.store.encoding import decode, encode
 
@@ -78,7 +78,7 @@ def layer(config: ModelConfig, query_heads: list[int], dtype="int8", biased=Fals
         bias = bias.reshape(-1)
     compiled = LayerWeights(qkv_tiles, bias, o_tiles, runs, gate_up_tiles, gate_bias, down_tiles)
     qkv, o, gate_up, down = (torch.tensor(matrix) for matrix in (qkv, o, gate_up, down))
-    return compiled, TorchWeights(qkv, tensor_bias, o, runs, gate_up, tensor_gate_bias, down)
+    return compiled, LayerWeights(qkv, tensor_bias, o, runs, gate_up, tensor_gate_bias, down)
 
 
 def inputs(config: ModelConfig, rows: int, seed=1) -> np.ndarray:

@@ -4,8 +4,6 @@ Inputs of the products are rounded to 8 bits, 32 values to a scale. A row's resu
 computed at once. Not for several threads at a time: they would share the buffers.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
@@ -15,34 +13,7 @@ from halo_mpi.model.kernels.layer import ATTENTION, FFN, MATRIX, ROWS, WORK, app
 from halo_mpi.model.kernels.lookup import dequantized_rows
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes
 from halo_mpi.model.kernels.vectors import BLOCK, LANES
-
-Cache = tuple[np.ndarray, np.ndarray]  # keys, values [KV heads, context, head_dim], f32 or f16
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """The matrices of a rank's share of one layer. A head has head_dim rows, filled up to a multiple of 16 with zeros.
-
-    `runs` lists (local KV head, first, last + 1 query head) for query heads that share a KV head.
-    """
-
-    qkv: Tiles | None  # [(query heads + 2 KV heads) * head rows, D]
-    qkv_bias: np.ndarray | None  # f32
-    o: Tiles | None  # [D, query heads * head_dim filled up to 32]
-    runs: list[tuple[int, int, int]]
-    gate_up: Tiles | None  # [2 neurons, D], neurons a multiple of 32
-    gate_up_bias: np.ndarray | None
-    down: Tiles | None  # [D, neurons]
-
-    @classmethod
-    def empty(cls) -> "LayerWeights":
-        """No heads and no neurons."""
-        return cls(None, None, None, [], None, None, None)
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.qkv, self.qkv_bias, self.o, self.gate_up, self.gate_up_bias, self.down)
-        return sum(part.nbytes for part in parts if part is not None)
+from halo_mpi.model.layer_weights import Cache, LayerWeights
 
 
 class CompiledShare:
