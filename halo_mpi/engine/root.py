@@ -70,13 +70,13 @@ class Root:
         self.computed_tokens = 0
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them."""
+        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them, valid until the next call."""
         for start in range(0, len(tokens), PREFILL_ROWS):
             x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x)
 
     def step(self, token: int, position: int) -> np.ndarray:
-        """Compute one token at `position`; logits f32 [V] for the next."""
+        """Compute one token at `position`; logits f32 [V] for the next, valid until the next call."""
         return self._logits(self._compute([token], position, decoding=True))
 
     def _compute(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
