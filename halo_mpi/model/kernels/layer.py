@@ -38,9 +38,10 @@ def quantize_rows(x, columns, rows, column_tiles, work):
             quantize_block(source + 4 * BLOCK * block, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
             tile += 1
         if whole < column_tiles:
-            filled = np.zeros(BLOCK, np.float32)
-            filled[: columns - whole * BLOCK] = carray(floats_at(source), columns)[whole * BLOCK :]
-            quantize_block(filled.ctypes.data, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
+            last, filled = carray(floats_at(source + 4 * BLOCK * whole), BLOCK), carray(floats_at(work.scratch), BLOCK)
+            for column in range(BLOCK):
+                filled[column] = last[column] if column < columns - whole * BLOCK else np.float32(0)
+            quantize_block(work.scratch, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
             tile += 1
 
 
