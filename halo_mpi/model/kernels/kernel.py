@@ -61,6 +61,9 @@ class Kernel(Protocol):
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> Any:
         """A matrix without content: in memory of its own, or in the first bytes of `memory` (uint8, at a cache line)."""
 
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x f32 [T, D] divided by the root of its mean square, times weight [D]."""
+
     def share(self, layers: list[LayerWeights], context: int) -> Share:
         """With an empty cache."""
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.compiled import products
+from halo_mpi.model.kernels.normalize import normalize
 from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes, tiles_across, tiles_down
 from halo_mpi.model.layer_weights import LayerWeights
@@ -24,6 +25,9 @@ class Compiled:
             return memory.view(np.float32).reshape(shape.dims)
         rows, columns = shape.dims
         return Tiles.of(memory, tiles_down(rows), tiles_across(columns), shape.dtype)
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        return normalize(x, weight, eps)
 
     def share(self, layers: list[LayerWeights], context: int) -> CompiledShare:
         return CompiledShare(self.sizes.config, layers, context)

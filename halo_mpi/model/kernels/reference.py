@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.layer_weights import Cache, LayerWeights
 from halo_mpi.model.llama import Share
+from halo_mpi.model.norms import rms_norm
 from halo_mpi.model.sizes import Shape, Sizes
 
 
@@ -23,6 +24,9 @@ class Reference:
         if memory is None:
             return torch.empty(shape.dims)
         return torch.from_numpy(memory[: shape.nbytes].view(np.float32).reshape(shape.dims))
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        return rms_norm(x, weight, eps)
 
     def share(self, layers: list[LayerWeights], context: int) -> "ReferenceShare":
         return ReferenceShare(self.sizes.config, layers, context)
