@@ -119,6 +119,7 @@ class Simulation:
         context: int,
         keeps: bool | None = None,
         kernel: str = "reference",
+        cache: str = "f32",
     ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
@@ -128,7 +129,7 @@ class Simulation:
         boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [
             Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
         ]
-        self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1)
+        self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1, cache)
         self.holdings = [self._holdings(store, plan, rank, ranks, context) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):

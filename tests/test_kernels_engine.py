@@ -32,7 +32,7 @@ def stored(tmp_path_factory):
     return get
 
 
-def logits(model, kernel: str, sync: SyncOptions = STRICT, prefill: int = 0, plan: bool = False) -> np.ndarray:
+def logits(model, kernel: str, sync: SyncOptions = STRICT, prefill: int = 0) -> np.ndarray:
     return Simulation(model, RANKS, sync, QUICK, NO_STALL, CONTEXT, keeps=True, kernel=kernel).text(IDS, prefill)
 
 
@@ -46,6 +46,13 @@ def test_a_prompt_gives_bit_for_bit_what_its_tokens_give_one_by_one(stored):
     """Norms and sums are added up row by row, so a verified token is the one that would have been computed alone."""
     one_by_one, at_once = logits(stored("int4"), "llvm"), logits(stored("int4"), "llvm", prefill=7)
     assert np.array_equal(at_once, one_by_one[6:])
+
+
+def test_a_cache_in_f16_changes_little(stored):
+    for kernel, error in (("reference", 0.003), ("llvm", 0.03)):  # a number that is rounded to the next of 255 changes others
+        wanted = logits(stored("int8"), kernel)
+        found = Simulation(stored("int8"), RANKS, STRICT, QUICK, NO_STALL, CONTEXT, kernel=kernel, cache="f16").text(IDS, 0)
+        assert 0 < np.abs(found - wanted).max() < error * np.abs(wanted).max()
 
 
 def test_work_moves_with_its_caches(stored):

@@ -68,7 +68,7 @@ class Session:
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
-        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads))
+        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
@@ -270,7 +270,6 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
-        shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("kernel", "placement", "moves", "memory", "threads", "load_first", "verbose")}
-        )
+        names = ("kernel", "cache", "placement", "moves", "memory", "threads", "load_first", "verbose")
+        shared = broadcast(self.comm, {name: getattr(run, name) for name in names})
         return replace(run, sync=sync, **shared)

@@ -16,8 +16,8 @@ class Compiled:
 
     name = "llvm"
 
-    def __init__(self, config: ModelConfig, dtype: str, threads: int = 1):
-        self.sizes, self.threads, self.isa = Sizes(config, dtype, "int8"), threads, products().isa
+    def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32"):
+        self.sizes, self.threads, self.isa = Sizes(config, dtype, "int8", cache), threads, products().isa
 
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> Tiles | np.ndarray:
         memory = aligned_bytes(shape.nbytes) if memory is None else memory[: shape.nbytes]
@@ -30,7 +30,7 @@ class Compiled:
         return normalize(x, weight, eps)
 
     def share(self, layers: list[LayerWeights], context: int) -> CompiledShare:
-        return CompiledShare(self.sizes.config, layers, context)
+        return CompiledShare(self.sizes.config, layers, context, np.float16 if self.sizes.cache_dtype == "f16" else np.float32)
 
     def head(self, matrix: Tiles, rows: int) -> CompiledHead:
         return CompiledHead(matrix, rows, self.sizes.config.hidden)

@@ -16,8 +16,8 @@ class Reference:
 
     name, isa = "reference", "torch"
 
-    def __init__(self, config: ModelConfig, threads: int = 1):
-        self.sizes, self.threads = Sizes(config), threads
+    def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
+        self.sizes, self.threads = Sizes(config, cache_dtype=cache), threads
         torch.set_num_threads(threads)
 
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> torch.Tensor:
@@ -29,7 +29,7 @@ class Reference:
         return rms_norm(x, weight, eps)
 
     def share(self, layers: list[LayerWeights], context: int) -> "ReferenceShare":
-        return ReferenceShare(self.sizes.config, layers, context)
+        return ReferenceShare(self.sizes.config, layers, context, torch.float16 if self.sizes.cache_dtype == "f16" else torch.float32)
 
     def head(self, matrix: torch.Tensor, rows: int) -> "ReferenceHead":
         return ReferenceHead(matrix[:rows])
