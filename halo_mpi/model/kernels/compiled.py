@@ -21,7 +21,7 @@ from halo_mpi.model.kernels.isa import BY_MACHINE, InstructionSet
 from halo_mpi.model.kernels.products import PARAMETERS, TOKENS, function_name, module
 from halo_mpi.model.kernels.tiles import CODE_BYTES
 
-STRIP_BYTES = 16384  # of codes and scales that all tokens pass over before the next ones: what a first-level cache holds easily
+STRIP_BYTES = 65536  # of codes and scales that all tokens pass over before the next ones: stays in any second-level cache
 
 
 class UnsupportedProcessorError(HaloError):

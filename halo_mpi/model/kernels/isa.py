@@ -103,7 +103,7 @@ AVX2 = InstructionSet(
     int4=_avx2_int4,
     int8=_avx2_int8,
     int8_excess=0,
-    parts={"int4": (2, 2, 1, 1), "int8": (2, 2, 1, 1)},
+    parts={"int4": (2, 2, 1, 1), "int8": (2, 2, 2, 1)},
 )
 
 BY_MACHINE = {"x86_64": [AVX2], "aarch64": []}  # the best first
