@@ -117,7 +117,7 @@ def multiply(addresses, codes, scale, minimum, a, a_scale, a_sum, y, tokens, row
     """
     code_bytes = 256 if minimum else 512
     tile_bytes = code_bytes + (64 if minimum else 32)
-    step = row_tiles if tokens <= 8 else max(1, STRIP_BYTES // max(1, column_tiles * tile_bytes))
+    step = max(1, row_tiles if tokens <= 8 else STRIP_BYTES // max(1, column_tiles * tile_bytes))
     for first in range(0, row_tiles, step):
         down, tile, t = min(step, row_tiles - first), first * column_tiles, 0
         for size in range(3, -1, -1):
