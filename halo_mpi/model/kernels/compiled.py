@@ -20,7 +20,10 @@ from halo_mpi.model.kernels.isa import InstructionSet
 from halo_mpi.model.kernels.processor import Processor, this_processor
 from halo_mpi.model.kernels.products import PARAMETERS, TOKENS, function_name, module
 from halo_mpi.model.kernels.tiles import CODE_BYTES
+from halo_mpi.store.encoding import BLOCK, TILE_ROWS
 
+INT4_BYTES, INT8_BYTES = CODE_BYTES["int4"], CODE_BYTES["int8"]
+SCALE_BYTES = 2 * TILE_ROWS  # of a tile, as Numba wants its constants: plain numbers
 STRIP_BYTES = 65536  # of codes and scales that all tokens pass over before the next ones: stays in any second-level cache
 
 
@@ -115,9 +118,9 @@ def multiply(addresses, codes, scale, minimum, a, a_scale, a_sum, y, tokens, row
     addresses: int64 [4], `Products.int4` or `.int8`. codes ... y: addresses too, of the first tile, token and so on.
     int8 has no minimum: 0.
     """
-    code_bytes = 256 if minimum else 512
-    tile_bytes = code_bytes + (64 if minimum else 32)
-    step = max(1, row_tiles if tokens <= 8 else STRIP_BYTES // max(1, column_tiles * tile_bytes))
+    code_bytes = INT4_BYTES if minimum else INT8_BYTES
+    tile_bytes = code_bytes + (2 * SCALE_BYTES if minimum else SCALE_BYTES)
+    step = max(1, STRIP_BYTES // max(1, column_tiles * tile_bytes))
     for first in range(0, row_tiles, step):
         down, tile, t = min(step, row_tiles - first), first * column_tiles, 0
         for size in range(3, -1, -1):
@@ -125,12 +128,12 @@ def multiply(addresses, codes, scale, minimum, a, a_scale, a_sum, y, tokens, row
                 call_product(
                     addresses[size],
                     codes + tile * code_bytes,
-                    scale + tile * 32,
-                    minimum + tile * 32,
-                    a + t * column_tiles * 32,
+                    scale + tile * SCALE_BYTES,
+                    minimum + tile * SCALE_BYTES,
+                    a + t * column_tiles * BLOCK,
                     a_scale + t * column_tiles * 4,
                     a_sum + t * column_tiles * 4,
-                    y + (t * y_stride + first * 16) * 4,
+                    y + (t * y_stride + first * TILE_ROWS) * 4,
                     down,
                     column_tiles,
                     y_stride,
