@@ -18,7 +18,6 @@ TOKENS = (1, 2, 4, 8)
 PARAMETERS = ("codes", "scale", "minimum", "a", "a_scale", "a_sum", "y", "row_tiles", "column_tiles", "y_stride")
 ADDRESSES = PARAMETERS[:7]
 PREFETCHED = 2048  # bytes that codes are asked for ahead: on a Zen 3, matrices from memory take 20 % less time than without
-PREFETCH_UP_TO = 4  # tokens; more of them keep the processor busy while the codes arrive by themselves
 
 
 def function_name(dtype: str, tokens: int) -> str:
@@ -100,9 +99,8 @@ class _Product:
     def _tile(self, code: Code, tile: str, row: str, sums: list[list[str]]) -> None:
         """Add a tile's products to the sums."""
         codes = code.at("%codes.all", code.let("offset", f"mul i64 {tile}, {CODE_BYTES[self.dtype]}"))
-        if self.tokens <= PREFETCH_UP_TO:
-            for line in range(0, CODE_BYTES[self.dtype], LINE):
-                code.do(f"call void @llvm.prefetch.p0(ptr {code.at(codes, PREFETCHED + line)}, i32 0, i32 3, i32 1)")
+        for line in range(0, CODE_BYTES[self.dtype], LINE):
+            code.do(f"call void @llvm.prefetch.p0(ptr {code.at(codes, PREFETCHED + line)}, i32 0, i32 3, i32 1)")
         codes = code.at(codes, code.let("offset", f"mul i64 {row}, 4"))
         blocks = [
             code.let("block", f"add i64 %g, {code.let('before', f'mul i64 %column_tiles, {t}')}") for t in range(self.tokens)
