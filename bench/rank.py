@@ -28,7 +28,7 @@ from bench.rounds import failures, measure
 from bench.shapes import config_of, meta_of, model_options
 from bench.stats import pairwise
 from bench.tables import Table, number
-from bench.ticks import PARTS, parts_of, read_ticks
+from bench.ticks import parts_of, read_ticks, shown_parts
 from halo_mpi.convert import write_model
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import attention_shapes, ffn_shapes
@@ -147,10 +147,14 @@ def run_profiled(model: Path, kernel: str, timeout_s: float) -> dict:
         report = made.pop("report")
         if made["status"] != "ok":
             return made
-        (counts,) = read_ticks(file, 1)
-    total = sum(counts.values())
-    places = {place: round(count / total, 4) for place, count in list(counts.items())[:25]}
-    return made | {"kernel_used": report["kernel"], "tpot_ms": report["tpot_ms"], "parts": parts_of(counts), "places": places}
+        (taken,) = read_ticks(file, 1, report["generated_tokens"] - 1)
+    places = {place: round(ms, 4) for place, ms in list(taken.items())[:25]}
+    return made | {
+        "kernel_used": report["kernel"],
+        "tpot_ms": report["tpot_ms"],
+        "parts_ms": parts_of(taken),
+        "places_ms": places,
+    }
 
 
 def name_of(cell: dict) -> str:
@@ -209,15 +213,6 @@ def _row(name: str, who: str, runs: list[dict], best: list[dict], gbps: list[flo
     cells = [name, who + used, str(len(runs)), str(prompt), number(ms), f"{number(min(values))} .. {number(max(values))}"]
     cells += [number(nbytes / 1e6), f"{mbu(nbytes, ms, float(np.median(gbps))):.0%}" if gbps else "-"] if nbytes else ["-", "-"]
     return [*cells, str(ratio) if ratio else "best" if runs is best else "-"]
-
-
-def shown_parts(run: dict) -> str:
-    """The parts of a token, as shares and in ms of the run's own median."""
-    ms = run["tpot_ms"]["p50"]
-    parts = ", ".join(
-        f"{part} {run['parts'][part]:.0%} ({number(run['parts'][part] * ms)})" for part in PARTS if run["parts"][part]
-    )
-    return f"a token's {number(ms)} ms under ticks are {parts}"
 
 
 @click.command(help=__doc__)

@@ -33,6 +33,7 @@ class Case:
 
 CASES = {
     "local": Case("ranks of this machine, no lab"),
+    "wired": Case("ranks as fast as this machine, one host each, on a clean wire", {}),
     "slow-wired": Case("devices that take 2.8 ms for a sync alone, on a clean wire", {}, 2.8),
     "micro-wired": Case("a model so small that a sync takes no time, on a clean wire", {}, 0.0, "micro"),
     "fast-wifi": Case(

@@ -2,7 +2,8 @@
 
 Runs `python -m MODULE ARGUMENT ...` in this process, and interrupts it by a timer. Every tick is counted for the innermost function of
 halo_mpi that is on the stack: what it calls outside (NumPy, kernels, MPI) counts as its own. Python runs the handler when the call
-into C that the tick has met returns, so a tick is counted where the time was spent. Each rank of MPI writes a file of its own,
+into C that the tick has met returns, so a tick is counted where the time was spent; while the process waits for a core, none
+is, so that ticks x interval tells little of the machine's load. Each rank of MPI writes a file of its own,
 FILE.0.json, FILE.1.json ...: {"interval_ms", "ticks": {"prefill" | "decode": {"engine/root.py:_sync": n, ...}}}.
 
 A worker's ticks are all under decode: measure with a prompt of one token.
@@ -84,17 +85,24 @@ def part_of(place: str) -> str:
     return next(part for part, prefixes in PARTS.items() if place.startswith(prefixes))
 
 
-def parts_of(counts: dict[str, int]) -> dict[str, float]:
-    """The share of each part in some ticks; empty without any."""
-    total, parts = sum(counts.values()), dict.fromkeys(PARTS, 0.0)
-    for place, count in counts.items():
-        parts[part_of(place)] += count / total
-    return parts if total else {}
+def parts_of(places: dict[str, float]) -> dict[str, float]:
+    """What the parts take together, in the unit of the places."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    for place, taken in places.items():
+        parts[part_of(place)] += taken
+    return parts
 
 
-def read_ticks(file: Path, ranks: int) -> list[dict]:
-    """By rank, what `main` wrote for FILE; counts of places."""
-    return [json.loads(of_rank(file, rank).read_text())["ticks"]["decode"] for rank in range(ranks)]
+def shown_parts(parts: dict[str, float]) -> str:
+    """In ms and as shares of their sum."""
+    total = sum(parts.values())
+    return ", ".join(f"{part} {ms:.2f} ms ({ms / total:.0%})" for part, ms in parts.items() if ms)
+
+
+def read_ticks(file: Path, ranks: int, tokens: int) -> list[dict[str, float]]:
+    """By rank, ms per decoded token of each place, the longest first, from what `main` wrote for FILE."""
+    found = [json.loads(of_rank(file, rank).read_text()) for rank in range(ranks)]
+    return [{place: n * each["interval_ms"] / tokens for place, n in each["ticks"]["decode"].items()} for each in found]
 
 
 def of_rank(file: Path, rank: int) -> Path:
