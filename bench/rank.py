@@ -187,10 +187,15 @@ def table(content: dict) -> Table:
     loads = [run["load_average"] for run in runs]
     if loads:
         drawn.notes.append(f"Load average before the runs: {min(loads):.1f} .. {max(loads):.1f}.")
-    drawn.notes += [
-        f"{name_of(run)}, kernel used {run['kernel_used']}: {shown_parts(run)}" for run in runs if run.get("profiled")
-    ]
-    drawn.notes += [f"llama.cpp: {settings['peer']['version']}; {settings['peer']['system']}"] if settings.get("peer") else []
+    for run in runs:
+        if run.get("profiled"):
+            ms = run["tpot_ms"]["p50"]
+            drawn.notes.append(
+                f"{name_of(run)} ({run['kernel_used']}), {number(ms)} ms per token: {shown_parts(run['parts_ms'])}"
+            )
+    if settings["peer"]:
+        drawn.notes.append(f"llama.cpp as in llama-cpp-python {settings['peer']['version']}: {settings['peer']['system']}")
+    drawn.notes += failures(content, name_of)
     return drawn
 
 
@@ -224,7 +229,12 @@ def _row(name: str, who: str, runs: list[dict], best: list[dict], gbps: list[flo
 )
 @click.option("--dtypes", type=Names(DTYPES), help="Convert --gguf to these, instead of --model.")
 @click.option("--kernels", type=Names(KERNELS), default="auto", show_default=True)
-@click.option("--cases", type=Names(CASES), default="decode,prefill-512,decode-2000", show_default=True)
+@click.option(
+    "--cases",
+    type=Names([name for name in CASES if name != WARM_UP]),
+    default="decode,prefill-512,decode-2000",
+    show_default=True,
+)
 @click.option("--peer-python", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Has llama-cpp-python.")
 @click.option(
     "--profile/--no-profile", default=True, show_default=True, help="Also where a token's time goes, in one run more each."
@@ -263,9 +273,7 @@ def main(model, gguf, dtypes, kernels, cases, peer_python, profile, repeats, tim
                 )
 
             measure(groups, run, line_of, lambda cell: 30.0, minutes, results)
-    drawn = table(results.content)
-    drawn.notes += failures(results.content, name_of)
-    drawn.print()
+    table(results.content).print()
     return 0 if any(run["status"] == "ok" for run in results.runs) else 1
 
 
