@@ -17,10 +17,12 @@ from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.root import Root
+from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Share
-from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.model.kernels.reference import Reference
+from halo_mpi.model.whole import load_layer
+from halo_mpi.model.norms import load_norms
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind, Message
@@ -139,11 +141,11 @@ class Simulation:
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
-        trunk = load_trunk(store, config)
+        norms, vocabulary = load_norms(store, config), HeldVocabulary(store, Reference(config))
         keeps = sync.mode == "relaxed" if keeps is None else keeps
         note = self.notes.append
         self.root = root = Root(
-            config, trunk, self.holdings[0], plan, link, Marks(None, 0), sync, context, note, note, predictor, None, keeps
+            config, norms, vocabulary, self.holdings[0], plan, link, Marks(None, 0), sync, context, note, note, predictor, keeps
         )
         if sync.takeover_ms:
             silent_s = sync.takeover_ms / 1e3
@@ -153,7 +155,8 @@ class Simulation:
     def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)
         layers = [load_layer(store, self.config, layer, heads[layer], groups[layer]) for layer in range(self.config.layers)]
-        return Holdings(store, Share(self.config, layers, context), heads, groups, ranks)
+        kernel = Reference(self.config)
+        return Holdings(store, kernel, kernel.share(layers, context), heads, groups, ranks)
 
     def text(self, ids: list[int], prefill: int) -> np.ndarray:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""

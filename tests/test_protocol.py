@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.engine import crew
 from halo_mpi.engine.check import CheckError
 from halo_mpi.engine.crew import CREDIT
-from halo_mpi.model.llama import Share
+from halo_mpi.model.kernels.reference import ReferenceShare
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
 
 pytestmark = pytest.mark.timeout(300)
@@ -32,11 +32,11 @@ def caches_are_complete(simulation: Simulation, rows: int) -> None:
         if simulation.root.crew.does_without(rank) or not (simulation.root.mover.plan.query == rank).any():
             continue
         share = simulation.holdings[rank].share
-        again = Share(share.config, share.layers, CONTEXT)
+        again = ReferenceShare(share.config, share.layers, CONTEXT)
         for layer in range(share.config.layers):
             if rank not in simulation.root.mover.plan.query[layer]:
                 continue
-            again.append(layer, simulation.root.crew.history._rows[layer, :rows].float(), 0)
+            again.append(layer, simulation.root.crew.history.rows(layer, 0, rows), 0)
             for had, wanted in zip(share.kv[layer], again.kv[layer]):
                 error = (had[:, :rows] - wanted[:, :rows]).abs().max()
                 assert error < 0.02 * wanted.abs().max(), (rank, layer)  # the kept inputs are f16

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,6 +182,3 @@ def test_only_who_has_the_shard_takes_a_part_over():
     disks[0]["query"] = {0, 1}
     with pytest.raises(HaloError, match="rank 2 is gone.*shard of query head 2"):
         dealt_to_others(PLAN, {2}, {2}, disks)
-
-
-torch.set_grad_enabled(False)

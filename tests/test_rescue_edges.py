@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from halo_mpi.errors import HaloError
 from halo_mpi.schedule.placement import Plan
@@ -13,7 +12,6 @@ from tests.test_protocol import RELAXED
 from tests.test_rescue import RESCUED, at_sync, same
 
 pytestmark = pytest.mark.timeout(300)
-torch.set_grad_enabled(False)
 NO_ROOM = "its new part takes 9 MiB until the old one is given up, and 0 MiB are free"
 
 

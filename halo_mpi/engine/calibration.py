@@ -12,7 +12,7 @@ from halo_mpi.engine.machine import peak_memory, share_cores
 from halo_mpi.engine.prompts import read_text
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.rewrite import write_calibrated
@@ -33,7 +33,7 @@ class Calibration:
     def __init__(self, comm, model: Path, threads: int | None, verbose: bool):
         self._comm, self._verbose = comm, verbose
         torch.set_grad_enabled(False)
-        share_cores(comm, threads)
+        torch.set_num_threads(share_cores(comm, threads)[2])
         self._store = self._together(lambda: ModelStore(model.resolve()))  # a link stays one
         require_equal(comm, f"model in {model}", self._store.version, "copy one version of it to all hosts")
         self._config = self._together(lambda: ModelConfig.from_dict(self._store.meta["config"]))

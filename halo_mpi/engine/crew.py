@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.schedule.placement import Plan
@@ -231,7 +230,7 @@ class Crew:
         if self.history:
             self.history.begin_text()
 
-    def sent_attention(self, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> None:
+    def sent_attention(self, layer: int, position: int, normed: np.ndarray, workers: list[int]) -> None:
         if self.history:
             self.history.keep(layer, position, normed, workers)
 

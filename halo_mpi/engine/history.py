@@ -1,7 +1,6 @@
 """Inputs of attention, kept by the root, for a worker that was cut off and missed K and V, and for one that gets other heads."""
 
 import numpy as np
-import torch
 
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
@@ -24,10 +23,10 @@ class AttentionInputs:
 
     def __init__(self, layers: int, context: int, width: int, ranks: int, wire: str):
         self._wire = "f32" if wire == "f32" else "f16"
-        self._rows = torch.zeros(layers, context, width, dtype=torch.float32 if self._wire == "f32" else torch.float16)
+        self._rows = np.zeros((layers, context, width), np.float32 if self._wire == "f32" else np.float16)
         self._workers: list[list[int]] = [[] for _ in range(layers)]  # that hold heads
         self._sent = {rank: np.zeros(layers, int) for rank in range(1, ranks)}  # rows, by layer
-        self._row_bytes = width * self._rows.element_size()
+        self._row_bytes = width * self._rows.itemsize
         self._chunk = max(1, min(64, CHUNK_BYTES // self._row_bytes))
 
     def begin_text(self) -> None:
@@ -38,21 +37,21 @@ class AttentionInputs:
         """These hold heads from now on, by layer."""
         self._workers = workers
 
-    def keep(self, layer: int, position: int, normed: torch.Tensor, sent_to: list[int]) -> None:
+    def keep(self, layer: int, position: int, normed: np.ndarray, sent_to: list[int]) -> None:
         """normed f32 [T, D] was the layer's input, and these workers were sent it."""
         end = position + len(normed)
-        self._rows[layer, position:end] = normed if self._wire == "f32" else normed.clamp(-F16_MAX, F16_MAX)
+        self._rows[layer, position:end] = normed if self._wire == "f32" else normed.clip(-F16_MAX, F16_MAX)
         for rank in sent_to:
             self._sent[rank][layer] = end
 
-    def rows(self, layer: int, start: int, end: int) -> torch.Tensor:
+    def rows(self, layer: int, start: int, end: int) -> np.ndarray:
         """Some of a layer's inputs, f32 [end - start, D]."""
-        return self._rows[layer, start:end].float()
+        return self._rows[layer, start:end].astype(np.float32)
 
     def refill(self, link: RootLink, rank: int, layer: int, start: int, end: int, epoch: int, plan: int) -> None:
         """Send a worker some of a layer's inputs, for heads that it will have."""
         for first in range(start, end, self._chunk):
-            rows = self.rows(layer, first, min(end, first + self._chunk)).numpy()
+            rows = self.rows(layer, first, min(end, first + self._chunk))
             link.replay(rank, Kind.REFILL, layer, first, rows, epoch, plan, self._wire)
         self._sent[rank][layer] = max(end, self._sent[rank][layer]) if rank in self._workers[layer] else end
 
@@ -75,7 +74,7 @@ class AttentionInputs:
                 end = min(rows, start + self._chunk, start + left)
                 if end <= start:
                     return False
-                link.replay(rank, Kind.REPLAY, layer, start, self.rows(layer, start, end).numpy(), epoch, plan, self._wire)
+                link.replay(rank, Kind.REPLAY, layer, start, self.rows(layer, start, end), epoch, plan, self._wire)
                 self._sent[rank][layer] = end
                 left -= end - start
         return portion - left <= LAST_ROWS

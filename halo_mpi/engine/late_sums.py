@@ -1,7 +1,6 @@
 """What stands in the residual stream for partial sums that are late, and what is added when they come."""
 
 import numpy as np
-import torch
 
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import Crew
@@ -42,10 +41,10 @@ class LateSums:
                 self._check.add(answer.y[0])
         return entry
 
-    def correct(self, x: torch.Tensor) -> torch.Tensor:
+    def correct(self, x: np.ndarray) -> np.ndarray:
         """The residual vectors x [T, D] with what came late."""
         for correction in self._corrections:
-            x = x + torch.from_numpy(correction)
+            x = x + correction
         self._corrections.clear()
         return x
 

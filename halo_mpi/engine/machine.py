@@ -5,9 +5,9 @@ import platform
 import resource
 import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from mpi4py import MPI
 
 from halo_mpi.wire.exchange import broadcast, gather
@@ -22,12 +22,11 @@ def this_machine() -> str:
     return f"{socket.gethostname()} {boot_id}"
 
 
-def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int]:
-    """Give torch `threads`, or this rank's part of the cores (collective); every rank's host, and how many ranks are on this one."""
+def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int, int]:
+    """Every rank's host, how many ranks are on this one, and this rank's threads: `threads`, or its part of the cores (collective)."""
     machines = broadcast(comm, gather(comm, this_machine()))
     here = machines.count(this_machine())
-    torch.set_num_threads(threads or max(1, _cores() // here))
-    return [machine.partition(" ")[0] for machine in machines], here
+    return [machine.partition(" ")[0] for machine in machines], here, threads or max(1, _cores() // here)
 
 
 def _cores() -> int:
@@ -52,4 +51,4 @@ def mpi_name() -> str:
 
 
 def machine_name() -> str:
-    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {version('torch')}"

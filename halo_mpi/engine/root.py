@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import UNKNOWN_S, Crew, WorkersGone
@@ -26,9 +25,9 @@ from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import Predictor
 from halo_mpi.engine.replacer import Replacer
 from halo_mpi.engine.rescue import Rescue, Vigil
-from halo_mpi.engine.vocabulary import ReadVocabulary
+from halo_mpi.engine.vocabulary import Vocabulary
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.llama import Trunk, rms_norm
+from halo_mpi.model.norms import Norms, rms_norm
 from halo_mpi.predict.fits import SINKS
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
@@ -42,14 +41,14 @@ class Root:
     the rounding of other sums when work moves.
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
-    `note` is told when a worker is left behind or comes back, and when work moves, `warn` when one is lost. `vocabulary`: unless
-    the trunk holds it. `keeps`: the inputs of attention, for workers that were away or get other heads.
+    `note` is told when a worker is left behind or comes back, and when work moves, `warn` when one is lost. `keeps`: the
+    inputs of attention, for workers that were away or get other heads.
     """
 
-    def __init__(self, config: ModelConfig, trunk: Trunk, holdings: Holdings, plan: Plan, link: RootLink, marks: Marks,
-                 sync: SyncOptions, context: int, note: Callable[[str], None], warn: Callable[[str], None],
-                 predictor: Predictor, vocabulary: ReadVocabulary | None = None, keeps: bool = False):  # fmt: skip
-        self._config, self._trunk, self._holdings, self._link, self._marks = config, trunk, holdings, link, marks
+    def __init__(self, config: ModelConfig, norms: Norms, vocabulary: Vocabulary, holdings: Holdings, plan: Plan, link: RootLink,
+                 marks: Marks, sync: SyncOptions, context: int, note: Callable[[str], None], warn: Callable[[str], None],
+                 predictor: Predictor, keeps: bool = False):  # fmt: skip
+        self._config, self._norms, self._holdings, self._link, self._marks = config, norms, holdings, link, marks
         self._relaxed = sync.mode == "relaxed"
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
@@ -61,7 +60,7 @@ class Root:
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
         self.rescue: Rescue | None = None
-        self.predictor, self._vocabulary = predictor, vocabulary or trunk
+        self.predictor, self._vocabulary = predictor, vocabulary
         self._check = Check() if sync.check else None
         self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
@@ -80,7 +79,7 @@ class Root:
         """Compute one token at `position`; logits f32 [V] for the next."""
         return self._logits(self._compute([token], position, decoding=True))
 
-    def _compute(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
+    def _compute(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
         """The last residual vectors [T, D] of the tokens, whoever is lost meanwhile."""
         self._text[position:] = tokens
         if position == 0:
@@ -113,8 +112,8 @@ class Root:
                 self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
             self._whole = True
 
-    def _forward(self, tokens: list[int], position: int, decoding: bool) -> torch.Tensor:
-        trunk = self._trunk
+    def _forward(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
+        norms = self._norms
         if position == 0:
             self._epoch = (self._epoch + 1) % EPOCHS
             self.crew.forget_text()
@@ -128,8 +127,8 @@ class Root:
         if self._check:
             self._check.begin(x)
         for layer in range(self._config.layers):
-            x = self._sync(Kind.ATTENTION, layer, position, x, trunk.attention_norms, trunk.o_bias, decoding)
-            x = self._sync(Kind.FFN, layer, position, x, trunk.ffn_norms, trunk.down_bias, decoding)
+            x = self._sync(Kind.ATTENTION, layer, position, x, norms.attention, norms.o_bias, decoding)
+            x = self._sync(Kind.FFN, layer, position, x, norms.ffn, norms.down_bias, decoding)
         x = self._settle(x)
         if decoding:
             self._sums.end_token()
@@ -138,8 +137,8 @@ class Root:
         self.computed_tokens += len(tokens)
         return x
 
-    def _sync(self, kind: Kind, layer: int, position: int, x: torch.Tensor, norms: torch.Tensor, bias: torch.Tensor | None,
-              decoding: bool) -> torch.Tensor:  # fmt: skip
+    def _sync(self, kind: Kind, layer: int, position: int, x: np.ndarray, norms: np.ndarray, bias: np.ndarray | None,
+              decoding: bool) -> np.ndarray:  # fmt: skip
         """One sync: the residual vectors x [T, D] plus the partial sums of all ranks, added in rank order."""
         begin = time.perf_counter()
         normed = rms_norm(x, norms[layer], self._config.norm_eps)
@@ -166,7 +165,7 @@ class Root:
                 self.replacer.computed(0, kind, layer, took_s)
             x = self._add(x, own)
         if self._relaxed and decoding:
-            self.predictor.look_ahead(kind, layer, normed.numpy())
+            self.predictor.look_ahead(kind, layer, normed)
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
@@ -179,10 +178,10 @@ class Root:
                 self.ledger.missed_deadline(rank)
             if rank in answers:
                 if self._relaxed:
-                    self.predictor.observe((kind, layer, rank), position + len(normed) - 1, normed.numpy(), answers[rank])
-                x = self._add(x, torch.from_numpy(answers[rank]))
+                    self.predictor.observe((kind, layer, rank), position + len(normed) - 1, normed, answers[rank])
+                x = self._add(x, answers[rank])
             else:
-                x = x + torch.from_numpy(self._late.stand_in(seq, (kind, layer, rank), position, normed.numpy()))
+                x = x + self._late.stand_in(seq, (kind, layer, rank), position, normed)
         x = self._late.correct(x)
         if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
@@ -193,10 +192,10 @@ class Root:
             return True
         return layer in (0, self._config.layers - 1) and not self._drops
 
-    def _ask(self, kind: Kind, layer: int, position: int, normed: torch.Tensor, workers: list[int]) -> int:
+    def _ask(self, kind: Kind, layer: int, position: int, normed: np.ndarray, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
         if workers:
-            link.ask(kind, layer, position, normed.numpy(), workers, self._epoch, seq - self._sums.oldest(seq), self.mover.number)
+            link.ask(kind, layer, position, normed, workers, self._epoch, seq - self._sums.oldest(seq), self.mover.number)
         if kind == Kind.ATTENTION:
             self.crew.sent_attention(layer, position, normed, workers)
         return seq
@@ -264,7 +263,7 @@ class Root:
         if entry and self.replacer:
             self.replacer.answered(answer, entry.kind, entry.layer, waited_for=True)
 
-    def _settle(self, x: torch.Tensor) -> torch.Tensor:
+    def _settle(self, x: np.ndarray) -> np.ndarray:
         """Wait for everything that is open; what cannot come is final as estimated."""
         link, self._without.at = self._link, 2 * self._config.layers
         if not self._sums:
@@ -283,14 +282,14 @@ class Root:
             self._look_who_is_gone(late, True, vigil.since, lambda rank: UNKNOWN_S)
             link.waiter.wait()
 
-    def _add(self, x: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    def _add(self, x: np.ndarray, term: np.ndarray) -> np.ndarray:
         if self._check:
             self._check.add(term)
         return x + term
 
-    def _logits(self, x: torch.Tensor) -> np.ndarray:
+    def _logits(self, x: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        last = rms_norm(x[-1:], self._trunk.final_norm, self._config.norm_eps)
-        logits = self._vocabulary.logits(last)[0].numpy()
+        last = rms_norm(x[-1:], self._norms.final, self._config.norm_eps)
+        logits = self._vocabulary.logits(last)[0]
         self.compute_s += time.perf_counter() - start
         return logits

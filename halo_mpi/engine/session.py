@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-import torch
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
@@ -34,6 +33,7 @@ from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import EXIT_DONE, EXIT_LOST
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
@@ -62,13 +62,13 @@ class Session:
         self.parting = Parting()
         self.scheduler: dict | None = None  # for the report: what was measured, and what follows
         self.marks = Marks.from_environment(comm.rank)
-        torch.set_grad_enabled(False)
         sharpen_timers()
         self.run = self._with_roots_options(run)
-        self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
+        self.hosts, self.ranks_on_host, threads = share_cores(comm, self.run.threads)
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads))
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
@@ -106,7 +106,8 @@ class Session:
         if self.is_root:
             self.root = Root(
                 self.config,
-                weights.trunk,
+                weights.norms,
+                weights.vocabulary,
                 weights.holdings,
                 self.plan,
                 self.link,
@@ -116,7 +117,6 @@ class Session:
                 self.event,
                 self.warn,
                 predictor,
-                weights.vocabulary,
                 self.keeps,
             )
             self._say_what_is_not_survived()
@@ -200,7 +200,7 @@ class Session:
         root, advice = self.root, basis.advice
         first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
         calibration = self.store.meta.get("calibration")
-        return Replacer(self.config, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
+        return Replacer(self.kernel.sizes, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
                         self.event, self.marks.phase)  # fmt: skip
 
     @property
@@ -271,6 +271,6 @@ class Session:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
         shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("placement", "moves", "memory", "threads", "load_first", "verbose")}
+            self.comm, {name: getattr(run, name) for name in ("kernel", "placement", "moves", "memory", "threads", "load_first", "verbose")}
         )
         return replace(run, sync=sync, **shared)

@@ -6,7 +6,7 @@ leaves out what the root can no longer use: the output of old attention, and old
 
 import time
 
-import torch
+import numpy as np
 
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.marks import Marks
@@ -61,7 +61,7 @@ class Worker:
             self._prepare(request)
             return True
         if request.kind == Kind.PROBE:
-            self._group = self._group or OneGroup(self._holdings.share.config, self._holdings.ranks, self._marks)
+            self._group = self._group or OneGroup(self._holdings.kernel, self._holdings.ranks, self._marks)
             self._link.answer(request, None, self._group.usual_s())
             return True
         if request.kind != Kind.REFILL:
@@ -75,8 +75,8 @@ class Worker:
         took_s = time.perf_counter() - begin
         self.compute_s += took_s
         if y is not None and self._marks.spoils():
-            y.fill_(torch.nan)
-        self._link.answer(request, None if y is None else y.numpy(), took_s)
+            y.fill(np.nan)
+        self._link.answer(request, y, took_s)
         return True
 
     def _prepare(self, request: Request) -> None:
@@ -100,9 +100,9 @@ class Worker:
         self._link.prepared(self._preparing, None if error is None else str(error))
         self._preparing = None
 
-    def _compute(self, request: Request) -> tuple[torch.Tensor | None, float]:
+    def _compute(self, request: Request) -> tuple[np.ndarray | None, float]:
         """The answer, None if nobody needs one, and the even shares of work done."""
-        kind, layer, x = request.kind, request.layer, torch.from_numpy(request.x)
+        kind, layer, x = request.kind, request.layer, request.x
         useful, share = self._link.is_useful(request), self._holdings.share
         if kind == Kind.REPLAY or kind == Kind.ATTENTION and not useful:
             share.append(layer, x, request.position)

@@ -10,41 +10,11 @@ T tokens at positions p .. p+T-1, D = hidden, x already normalized. Everything i
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from halo_mpi.model.config import ModelConfig
-
-
-Cache = tuple[torch.Tensor, torch.Tensor]  # keys, values [KV heads, context, head_dim]
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """The matrices of a rank's share of one layer, f32, fused so that each step is one product.
-
-    `runs` lists (local KV head, first, last + 1 query head) for query heads that share a KV head.
-    """
-
-    qkv: torch.Tensor  # [(query heads + 2 KV heads) * head_dim, D]
-    qkv_bias: torch.Tensor | None
-    o: torch.Tensor  # [D, query heads * head_dim]
-    runs: list[tuple[int, int, int]]
-    gate_up: torch.Tensor  # [2 neurons, D]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [D, neurons]
-
-    @classmethod
-    def empty(cls) -> "LayerWeights":
-        """No heads and no neurons."""
-        none = torch.empty(0)
-        return cls(none, None, none, [], none, None, none)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.qkv, self.qkv_bias, self.o, self.gate_up, self.gate_up_bias, self.down)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+from halo_mpi.model.layer_weights import Cache, LayerWeights
 
 
 class Share:
@@ -121,38 +91,17 @@ class Share:
 
 @dataclass(slots=True)
 class Trunk:
-    """What only the root holds: the vocabulary, unless it is read at every token, and the norms."""
+    """Vocabulary, norms, and the biases that are added once."""
 
-    embedding: torch.Tensor  # [V, D], or empty
-    head: torch.Tensor  # [V, D], the same tensor if tied, or empty
+    embedding: torch.Tensor  # [V, D]
+    head: torch.Tensor  # [V, D], the same tensor if tied
     attention_norms: torch.Tensor  # [layers, D]
     ffn_norms: torch.Tensor  # [layers, D]
     final_norm: torch.Tensor  # [D]
     o_bias: torch.Tensor | None  # [layers, D]
     down_bias: torch.Tensor | None  # [layers, D]
 
-    def embed(self, tokens: list[int]) -> torch.Tensor:
-        """The residual vectors [T, D] with which tokens begin."""
-        return self.embedding[tokens]
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, V] for the normed residual vectors x [T, D]."""
-        return F.linear(x, self.head)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = {id(tensor): tensor for tensor in (self.embedding, self.head, self.attention_norms, self.ffn_norms)}
-        return sum(tensor.nbytes for tensor in tensors.values())
-
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, D] divided by the root of its mean square, times weight [D] (arXiv 1910.07467)."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def runs_of(query_heads: list[int], heads_per_kv: int) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The KV heads that these query heads (in ascending order) need, and the runs of local query heads that share one."""
-    kv_heads = sorted({head // heads_per_kv for head in query_heads})
-    of_head = np.array([head // heads_per_kv for head in query_heads])
-    bounds = [np.searchsorted(of_head, (kv, kv + 1)) for kv in kv_heads]
-    return kv_heads, [(local, int(first), int(last)) for local, (first, last) in enumerate(bounds)]
