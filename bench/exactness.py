@@ -16,11 +16,11 @@ import numpy as np
 from bench.cells import EVEN, run_locally
 from bench.modes import Names
 from bench.quality import language_reference
-from bench.rank import KERNELS
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import failures, measure
 from bench.shapes import config_of, model_options
 from bench.tables import Table
+from halo_mpi.model.kernels.choice import KERNELS
 
 PROMPTS = (
     "The capital of France is",

@@ -31,12 +31,11 @@ from bench.tables import Table, number
 from bench.ticks import parts_of, read_ticks, shown_parts
 from halo_mpi.convert import write_model
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import attention_shapes, ffn_shapes
+from halo_mpi.model.kernels.choice import KERNELS
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.sources import open_source
 from halo_mpi.store.encoding import DTYPES, encoded_bytes
 
-KERNELS = ("auto", "reference", "llvm", "torch")
 F16 = 2  # bytes
 PROFILED_TOKENS = 300
 
@@ -79,8 +78,9 @@ def fit_prompt(tokenizer: Tokenizer, text: str, tokens: int) -> tuple[str, list[
 
 def needed_bytes(config: ModelConfig, dtype: str, position: float) -> float:
     """What must be read for a token: all layers and the head as they are stored, K and V of `position` tokens as f16."""
-    layer = attention_shapes(config, list(range(config.heads))) | ffn_shapes(config, list(range(config.groups)))
-    layers = config.layers * sum(encoded_bytes(*shape, dtype) for shape in layer.values())
+    inside, qkv = config.heads * config.head_dim, (config.heads + 2 * config.kv_heads) * config.head_dim
+    layer = [(qkv, config.hidden), (config.hidden, inside), (2 * config.ffn, config.hidden), (config.hidden, config.ffn)]
+    layers = config.layers * sum(encoded_bytes(rows, columns, dtype) for rows, columns in layer)
     head = encoded_bytes(config.vocabulary, config.hidden, "int8" if dtype == "int4" else dtype)
     return layers + head + cached_bytes(config, position)
 
