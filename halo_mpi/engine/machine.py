@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from mpi4py import MPI
 
-from halo_mpi.wire.exchange import broadcast, gather
+from halo_mpi.wire.exchange import broadcast, gather, name_hosts
 
 
 def this_machine() -> str:
@@ -27,7 +27,9 @@ def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int]:
     machines = broadcast(comm, gather(comm, this_machine()))
     here = machines.count(this_machine())
     torch.set_num_threads(threads or max(1, _cores() // here))
-    return [machine.partition(" ")[0] for machine in machines], here
+    hosts = [machine.partition(" ")[0] for machine in machines]
+    name_hosts(comm, hosts)
+    return hosts, here
 
 
 def _cores() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from halo_mpi.wire.deadline import Deadline
+from halo_mpi.wire.exchange import ENDED, SILENT_S, MissingError, Patience
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Kind, ProtocolError, rows_text
 from halo_mpi.wire.polling import Waiter
@@ -95,11 +96,11 @@ class RootLink:
     def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
         """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
-        `work`: what the root does meanwhile.
+        `work`: what the root does meanwhile. Raises MissingError if somebody has ended, or is silent for long.
         """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
         seq = self.ask(Kind.PING, 0, 0, x, workers)
-        waited_for = set(workers)
+        waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
         if work:
             work()
         while waited_for:
@@ -110,8 +111,10 @@ class RootLink:
             if self.waiter.now() - begin > ECHO_PATIENCE_S:
                 for rank in waited_for:
                     self.kick(rank)
+            if ended := waited_for & self.ended:
+                raise MissingError(ended, ENDED)
             if waited_for:
-                self.waiter.wait()
+                patience.wait(waited_for)
         return list(came.values())
 
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
