@@ -41,6 +41,7 @@ class Peer:
     deadline: Deadline
     asked_seq: int = 0
     answered_seq: int = 0
+    settled_seq: int = 0  # answers to requests up to this one are not wanted, and may come
     heard_at: float = 0.0
     suspect: bool = False  # missed a deadline and was not heard since
     kicks_in_flight: int = 0
@@ -174,6 +175,8 @@ class RootLink:
                 peer.probed_at = None
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:
+                    if seq <= peer.settled_seq:
+                        continue
                     raise ProtocolError(
                         f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
@@ -203,8 +206,10 @@ class RootLink:
         return self.peers[rank].asked_seq - self.peers[rank].answered_seq
 
     def catch_up(self, rank: int) -> None:
-        """The worker was sent all that it missed: nothing is expected of what it was asked before."""
-        self.peers[rank].answered_seq = self.seq
+        """The worker was sent all that it missed: nothing is expected of what it was asked before, though it may not have done it yet."""
+        peer = self.peers[rank]
+        peer.answered_seq = peer.settled_seq = self.seq
+        self._forget(peer)
 
     def excuse(self, rank: int) -> None:
         """Learn nothing from the worker's answers until `judge`: after a stall many come late, though nothing is wrong any more."""
