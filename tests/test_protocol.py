@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.engine import crew
 from halo_mpi.engine.check import CheckError
 from halo_mpi.engine.crew import CREDIT
+from tests import simulator
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
 
 pytestmark = pytest.mark.timeout(300)
@@ -164,7 +165,9 @@ def test_the_check_finds_what_was_added_twice(deep, monkeypatch):
     from halo_mpi.engine.late_sums import LateSums
 
     take = LateSums.take
-    monkeypatch.setattr(LateSums, "take", lambda self, answer: (take(self, answer), self._corrections.extend(self._corrections[-1:]))[0])
+    monkeypatch.setattr(
+        LateSums, "take", lambda self, answer: (take(self, answer), self._corrections.extend(self._corrections[-1:]))[0]
+    )
     slow = [[1e-4], [1e-4], [3e-3], [1e-4]]
     with pytest.raises(CheckError, match="residual"):
         Simulation(deep, RANKS, replace(RELAXED, deadline_ms=0.5), slow, NO_STALL, CONTEXT).text(IDS, 0)
@@ -186,3 +189,36 @@ def test_a_calibrated_model_with_nothing_late_is_exact(calibrated):
     strict = Simulation(calibrated, RANKS, STRICT, QUICK, NO_STALL, CONTEXT).text(IDS, 0)
     relaxed = Simulation(calibrated, RANKS, replace(RELAXED, deadline_ms=50.0), QUICK, NO_STALL, CONTEXT)
     assert np.array_equal(relaxed.text(IDS, 0), strict) and not relaxed.root.ledger.deferred
+
+
+def test_late_answers_of_a_worker_that_is_back_already_are_no_defect(deep, monkeypatch):
+    """It hears, and answers kicks, while it waits for weights: so it is back before it has done what it was asked before."""
+    plan_of = simulator.make_plan
+
+    def without_heads(*arguments):  # it has no attention to be sent again
+        plan = plan_of(*arguments)
+        plan.query[plan.query == 3] = 1
+        return plan
+
+    monkeypatch.setattr(simulator, "make_plan", without_heads)
+    simulation = Simulation(deep, RANKS, replace(RELAXED, max_lag=4, outage_ms=1e6), QUICK, NO_STALL, CONTEXT)
+    crew_, worker, link = simulation.root.crew, simulation.workers[3], simulation.workers[3]._link
+    turn, welcome_back, waits, queued = worker.turn, crew_.welcome_back, False, []
+
+    def wait_for_weights():
+        return turn() if not waits else link.hear()
+
+    def watched(position, layer, epoch, plan):
+        nonlocal waits
+        waits |= (position, layer) == (5, 1)
+        was_away = crew_.does_without(3)
+        welcome_back(position, layer, epoch, plan)
+        if was_away and not crew_.does_without(3):
+            waits = False
+            queued.append(len(link._queue))
+
+    worker.turn, crew_.welcome_back = wait_for_weights, watched
+    for position, token in enumerate(IDS * 3):
+        simulation.root.step(token, position)
+        simulation.settle(0.1)
+    assert queued[0] >= 2 and crew_.state(3) == "ok"

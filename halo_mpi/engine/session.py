@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mpi4py import MPI
 
+from halo_mpi.engine import stage
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.last_words import device_of, last_words
@@ -38,7 +39,7 @@ from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
 from halo_mpi.store.reader import ModelStore
-from halo_mpi.wire.exchange import ROOT, broadcast, gather
+from halo_mpi.wire.exchange import ROOT, broadcast, duplicate, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
@@ -75,8 +76,8 @@ class Session:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
         return self.together(lambda: step() if self.is_root else None)
 
-    def together(self, step: Callable[[], T]) -> T:
-        return together(self.comm, step, self.run.verbose)
+    def together(self, step: Callable[[], T], patient: bool = False) -> T:
+        return together(self.comm, step, self.run.verbose, patient)
 
     def load(self, context: int | None) -> None:
         """Connect, plan, check memory and begin to load this rank's share (collective); `context`: the root's longest text."""
@@ -129,12 +130,13 @@ class Session:
         else:
             weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
             self.worker = Worker(self.link, weights.holdings, self.marks)
+        stage.work_begins()
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
-        copies = comm.Dup() if sync.copies and self.ranks_on_host < comm.size else None
+        copies = duplicate(comm) if sync.copies and self.ranks_on_host < comm.size else None
         peers = workers if self.is_root else [ROOT]
         mailbox = self._mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         if self.is_root:

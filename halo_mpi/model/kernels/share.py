@@ -9,9 +9,11 @@ import numpy as np
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.attend import STATE, TILE
 from halo_mpi.model.kernels.compiled import products
-from halo_mpi.model.kernels.layer import ATTENTION, FFN, MATRIX, ROWS, WORK, append, attention, ffn, rows_product
+from halo_mpi.model.kernels.layer import ROWS, append, attention, ffn, rows_product, serve
 from halo_mpi.model.kernels.lookup import dequantized_rows
-from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes
+from halo_mpi.model.kernels.steps import ATTENTION, BUFFERS, FFN, MATRIX, WORK
+from halo_mpi.model.kernels.team import Team
+from halo_mpi.model.kernels.tiles import LINE, Tiles, aligned_bytes
 from halo_mpi.model.kernels.vectors import BLOCK, LANES
 from halo_mpi.model.layer_weights import Cache, LayerWeights
 
@@ -22,7 +24,8 @@ class CompiledShare:
     What is returned is valid until the next call of the same method. `cache_dtype`: np.float32 or np.float16.
     """
 
-    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32):
+    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
+                 threads: int = 1):  # fmt: skip
         self.config = config
         self.layers = layers
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
@@ -31,7 +34,7 @@ class CompiledShare:
         self._angles = config.rotary_tables(context)  # cos, sin, f32 [context, head_dim / 2]
         self._attention: list[BoundAttention | None] = [None] * len(layers)
         self._ffn: list[BoundFfn | None] = [None] * len(layers)
-        self._work = Work()
+        self._work = Work(Team(threads, serve))
         self._sums = Results(config.hidden), Results(config.hidden)  # of attention, of the FFN
 
     def empty_cache(self, kv_heads: int) -> Cache:
@@ -78,11 +81,11 @@ class CompiledShare:
 class CompiledHead:
     """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding."""
 
-    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int):
+    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, threads: int = 1):
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden
         self._record = np.zeros(1, MATRIX)
         describe(self._record[0], tiles, None)
-        self._work = Work()
+        self._work = Work(Team(threads, serve))
         self._work.reserve(inputs=tiles.shape[1])
         self._results = Results(tiles.shape[0], rows=8)
 
@@ -149,9 +152,11 @@ class BoundFfn:
 class Work:
     """Buffers for a chunk of rows, as wide as any layer needed so far."""
 
-    def __init__(self):
+    def __init__(self, team: Team):
         self.record = np.zeros(1, WORK)
-        self._sizes = dict.fromkeys(WORK.names, 0)
+        self.record[0]["board"], self.record[0]["threads"] = team.board.ctypes.data, team.threads
+        self._team = team
+        self._sizes = dict.fromkeys(BUFFERS, 0)
         self._memory: list[np.ndarray] = []
 
     def reserve(self, inputs: int, wide: int = 0, mixed: int = 0, run: int = 0, dim: int = 0, result: int = 0) -> None:
@@ -162,8 +167,11 @@ class Work:
         needed = {name: ROWS * size for name, size in needed.items()} | dict(scratch=4 * (TILE + STATE * ROWS * run + tiles))
         if all(needed[name] <= size for name, size in self._sizes.items()):
             return
-        self._sizes = {name: max(needed[name], size) for name, size in self._sizes.items()}
-        self._memory = [aligned_bytes(size) for size in self._sizes.values()]
+        self._sizes = {name: -(-max(needed[name], size) // LINE) * LINE for name, size in self._sizes.items()}
+        self._memory = [
+            aligned_bytes(size * (self._team.threads if name == "scratch" else 1)) for name, size in self._sizes.items()
+        ]
+        self.record[0]["scratch_bytes"] = self._sizes["scratch"]
         for name, memory in zip(self._sizes, self._memory):
             self.record[0][name] = memory.ctypes.data
 
