@@ -48,10 +48,10 @@ class Restarts:
         if end.somebody_missing:
             if not self.allowed and end.own_code is not None:
                 return None  # the program has said who is missing
-            blameless, why = True, end.hung or "a rank was missing at the start"
+            blameless, why = True, end.hung or "a rank was missing"
         if blameless and end.stage:
             self._starts_failed += 1
-        if not has_text and not end.stage:
+        if not has_text and (end.shown or not end.stage):  # what was shown would come a second time
             if not blameless:
                 return None
             raise LaunchError(

@@ -61,12 +61,13 @@ class End:
     innocent: bool
     began: float  # time.time()
     wanted: frozenset = frozenset()  # why it was asked to end by `wanted` of Start.follow
-    stage: str = ""  # of the program's start, as rank 0 told it; empty: the work has begun, or the program is no halo_mpi
+    stage: str = ""  # of the program, as rank 0 told it; empty: the work has begun, or it is none of halo_mpi
     hung: str = ""  # what kept MPI from starting
+    shown: bool = False  # some output
 
     @property
     def somebody_missing(self):
-        """Whether the program says, or it was seen, that the start failed since not all ranks came together."""
+        """Whether the program says that it cannot go on without ranks that are gone, or MPI did not start for want of them."""
         return bool(self.hung) or self.stage == SOMEBODY_MISSING
 
 
@@ -79,6 +80,7 @@ class Start:
         self._seen, self._gone_at, self._looked_at, self._root_is_gone = {}, None, 0.0, False
         self._most_s, self._mpi_starts_s, self._hung = most_s, 0.0, ""
         self._began = time.time()
+        self._shown = output.shown
         output.open(Path(environment[TEXT]) if TEXT in environment else None)
         places = dict.fromkeys(SESSION_PLACES, str(exit_file.parent))
         self._again_file = exit_file.with_name(exit_file.name + "-again")
@@ -133,7 +135,16 @@ class Start:
         own_code, stage = exit_code_in(self._exit_file), text_in(self._stage_file)
         if stage == MPIRUN_STARTS and not (innocent or self._hung or self._root_is_gone):
             stage = ""  # mpirun itself failed
-        return End(code if code >= 0 else 128 - code, own_code, innocent, self._began, why, stage, self._hung)
+        return End(
+            code if code >= 0 else 128 - code,
+            own_code,
+            innocent,
+            self._began,
+            why,
+            stage,
+            self._hung,
+            self._output.shown != self._shown,
+        )
 
     def _is_lost(self, now):
         """Whether rank 0 has ended in the middle of a text, or of its start, without a word, or MPI does not start.

@@ -24,6 +24,7 @@ from halo_mpi.errors import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     HaloError,
+    RanksLostError,
     UsageError,
     describe,
 )
@@ -69,7 +70,9 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         parting = _run(comm, command, arguments, verbose)
     except AgreedError as error:
         parting = Parting(error.exit_code)
-    except MissingError as error:
+    except RanksLostError as error:
+        if verbose:
+            traceback.print_exc()
         _end_without(comm, error)
     except RootGone:  # nobody is left who could be told
         os._exit(EXIT_FAILED)
@@ -139,7 +142,7 @@ def _ended(comm) -> set[int]:
     return set(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))
 
 
-def _end_without(comm, missing) -> None:
+def _end_without(comm, missing: RanksLostError) -> None:
     """End where the others cannot go on without these ranks: the root says so, or if it is among them one of the others."""
     from halo_mpi.engine.agreement import complain
     from halo_mpi.wire.exchange import ROOT, hosts_of
@@ -148,9 +151,11 @@ def _end_without(comm, missing) -> None:
         time.sleep(NEWS_S)  # the root's end ends this process too, if it was in order
     if comm.rank == min(set(range(comm.size)) - missing.ranks, default=ROOT):
         complain(str(missing.on(hosts_of(comm))))
-        stage.lost()
-        _leave_exit_code(comm, EXIT_FAILED)
-    os._exit(EXIT_FAILED)
+        stage.enter("lost")
+        _leave_exit_code(comm, missing.exit_code)
+        sys.stdout.flush()
+        time.sleep(FORWARDED_S)
+    os._exit(missing.exit_code)
 
 
 def _leave_exit_code(comm, code: int) -> bool:

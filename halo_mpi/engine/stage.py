@@ -1,9 +1,9 @@
-"""How far the start of a run has come, for launch/halo-mpirun, in a file that rank 0 keeps for it until the work begins.
+"""How far the start of a run has come, for launch/halo-mpirun, in a file that rank 0 keeps for it.
 
 "mpi"     rank 0 is in MPI's start, which ends only when all ranks are there
 "ranks"   they agree, measure and plan
-"lost"    a rank has ended or does not answer: it can be tried again
 no file   the work has begun
+"lost"    ranks are gone, without which the others cannot go on: it can be started again
 """
 
 import os
@@ -26,12 +26,6 @@ def enter(stage: str) -> None:
             path.write_text(stage)
         except OSError:
             pass  # rank 0 runs on another host than halo-mpirun
-
-
-def lost() -> None:
-    """Somebody is missing; if the work has not begun, that can be tried again."""
-    if (path := stage_file()) and path.exists():
-        enter("lost")
 
 
 def work_begins() -> None:

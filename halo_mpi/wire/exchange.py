@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from halo_mpi.errors import HaloError
+from halo_mpi.errors import RanksLostError
 from halo_mpi.wire.polling import Waiter
 
 ROOT = 0
@@ -25,13 +25,13 @@ LOOK_S = 0.2  # between two looks; longer ones do not count: this process was st
 HOSTS = MPI.Comm.Create_keyval()
 
 
-class MissingError(HaloError):
+class MissingError(RanksLostError):
     """Ranks without which the others cannot go on: they have ended, are stopped, cut off, or hang."""
 
     def __init__(self, ranks: Iterable[int], what: str, hosts: list[str] | None = None):
-        self.ranks, self._what = set(ranks), what
-        named = ", ".join(f"{rank} on {hosts[rank]}" if hosts else str(rank) for rank in sorted(self.ranks))
-        super().__init__(f"rank {named or '?'} {what}")
+        self._what = what
+        named = ", ".join(f"{rank} on {hosts[rank]}" if hosts else str(rank) for rank in sorted(ranks))
+        super().__init__(f"rank {named or '?'} {what}", set(ranks))
 
     def on(self, hosts: list[str] | None) -> "MissingError":
         """The same, with the names of the hosts."""

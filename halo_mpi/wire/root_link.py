@@ -205,6 +205,10 @@ class RootLink:
         """How many syncs ago the last request was asked that the worker has taken in, counted up to its last one."""
         return self.peers[rank].asked_seq - self.peers[rank].answered_seq
 
+    def asked_since(self, rank: int) -> float:
+        """When the oldest request was asked that the worker has not done, as far as is known; now if it has done all."""
+        return next(iter(self.peers[rank].asked_at.values()), self.waiter.now())
+
     def catch_up(self, rank: int) -> None:
         """The worker was sent all that it missed: nothing is expected of what it was asked before, though it may not have done it yet."""
         peer = self.peers[rank]
