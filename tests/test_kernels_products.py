@@ -128,7 +128,7 @@ def assembly(isa, triple: str, processor: str) -> str:
 @pytest.mark.parametrize(
     "isa, triple, processor, used, unused",
     [
-        (AVX512_VNNI, "x86_64-linux-gnu", "icelake-server", ["vpdpbusd", "vcvtph2ps", "vfmadd"], ["vpmaddubsw"]),
+        (AVX512_VNNI, "x86_64-linux-gnu", "icelake-server", ["vpdpbusd\t%zmm", "vcvtph2ps", "vfmadd"], ["vpmaddubsw"]),
         (NEON_DOTPROD, "aarch64-linux-gnu", "cortex-a76", ["sdot", "fcvtl", "fmla"], ["smull", "udot"]),
         (NEON, "aarch64-linux-gnu", "cortex-a72", ["smlal2", "sadalp", "fcvtl", "fmla"], ["sdot"]),
     ],
