@@ -140,6 +140,16 @@ def test_the_compiler_finds_the_instructions_meant(isa, triple, processor, used,
     assert "call" not in text and "\tbl\t" not in text
 
 
+def lines_of(text: str, instruction: str) -> list[str]:
+    return [line for line in text.splitlines() if f"\t{instruction}\t" in line]
+
+
+def test_vnni_works_on_whole_registers_and_repeats_activations_by_itself():
+    lines = lines_of(assembly(AVX512_VNNI, "x86_64-linux-gnu", "icelake-server"), "vpdpbusd")
+    assert lines and all("%zmm" in line for line in lines)
+    assert sum("{1to16}" in line for line in lines) > len(lines) / 2
+
+
 def test_sdot_takes_its_activations_from_lanes():
-    lines = [line for line in assembly(NEON_DOTPROD, "aarch64-linux-gnu", "cortex-a76").splitlines() if "\tsdot" in line]
+    lines = lines_of(assembly(NEON_DOTPROD, "aarch64-linux-gnu", "cortex-a76"), "sdot")
     assert lines and all(".4b[" in line for line in lines)

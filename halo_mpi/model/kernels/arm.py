@@ -1,7 +1,9 @@
 """Tiles on 64-bit ARM: sdot, which multiplies and sums up groups of four (Raspberry Pi 5), and plain NEON (Raspberry Pi 4)."""
 
+from collections.abc import Callable
+
 from halo_mpi.model.kernels.ir import Code
-from halo_mpi.model.kernels.isa import InstructionSet, Sums, nibbles
+from halo_mpi.model.kernels.isa import GROUPS, InstructionSet, Sums, nibbles
 
 LANES = 4
 LOW, HIGH = range(8), range(8, 16)  # bytes of a register; each half holds two rows
@@ -20,19 +22,22 @@ def _weights_int4(code: Code, codes: str, part: int, half: int) -> list[str]:
 
 
 def _weights_int8(code: Code, codes: str, part: int, half: int) -> list[str]:
+    """Four groups of a part, signed bytes."""
     return [code.load("weights", "<16 x i8>", codes, 64 * j + 16 * part, 16) for j in range(4 * half, 4 * half + 4)]
 
 
 SDOT_DECLARATIONS = "declare <4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8(<4 x i32>, <16 x i8>, <16 x i8>)"
 
 
-def _sdot(weights):
+def _sdot(weights_of: Callable) -> Callable:
+    """Half a tile at a time, so that half of the activations need registers."""
+
     def tile(code: Code, codes: str, tokens: list[str], parts: int) -> Sums:
         sums = [["zeroinitializer"] * len(tokens) for _ in range(parts)]
         for half in range(2):
             groups = [_groups(code, activations, half) for activations in tokens]
             for part in range(parts):
-                for k, factor in enumerate(weights(code, codes, part, half)):
+                for k, factor in enumerate(weights_of(code, codes, part, half)):
                     for t in range(len(tokens)):
                         operands = f"<4 x i32> {sums[part][t]}, <16 x i8> {factor}, <16 x i8> {groups[t][k]}"
                         sums[part][t] = code.let("sums", f"call <4 x i32> @llvm.aarch64.neon.sdot.v4i32.v16i8({operands})")
@@ -62,9 +67,9 @@ declare <4 x i32> @llvm.aarch64.neon.addp.v4i32(<4 x i32>, <4 x i32>)
 """
 
 
-def _add_products(code: Code, sums: str, weights: str, group: str, half: range) -> str:
-    """Sums in 16 bits of the bytes of two rows."""
-    weights, group = (code.lanes_of("half", "<16 x i8>", value, list(half)) for value in (weights, group))
+def _add_products(code: Code, sums: str, weights: str, group: str, rows: range) -> str:
+    """Add up in 16 bits: pairs of lanes of two rows."""
+    weights, group = (code.lanes_of("half", "<16 x i8>", value, list(rows)) for value in (weights, group))
     products = code.let("products", f"call <8 x i16> @llvm.aarch64.neon.smull.v8i16(<8 x i8> {weights}, <8 x i8> {group})")
     return code.let("sums", f"add <8 x i16> {sums}, {products}")
 
@@ -73,38 +78,39 @@ def _pairs(code: Code, sums: str) -> str:
     return code.let("pairs", f"call <4 x i32> @llvm.aarch64.neon.saddlp.v4i32.v8i16(<8 x i16> {sums})")
 
 
-def _rows(code: Code, low: str, high: str) -> str:
-    """The sums of four rows from pairs of two rows and two rows."""
-    return code.let("rows", f"call <4 x i32> @llvm.aarch64.neon.addp.v4i32(<4 x i32> {low}, <4 x i32> {high})")
-
-
-def _neon_int4(code: Code, codes: str, tokens: list[str], parts: int) -> Sums:
+def _two_rows_int4(code: Code, weights: list[str], groups: list[str], rows: range) -> str:
     """All 8 groups fit into 16 bits."""
-    sums = [[["zeroinitializer"] * 2 for _ in tokens] for _ in range(parts)]
-    for half in range(2):
-        weights = [_weights_int4(code, codes, part, half) for part in range(parts)]
-        for t, activations in enumerate(tokens):
-            for k, group in enumerate(_groups(code, activations, half)):
-                for part in range(parts):
-                    for side, lanes in enumerate((LOW, HIGH)):
-                        sums[part][t][side] = _add_products(code, sums[part][t][side], weights[part][k], group, lanes)
-    return [[_rows(code, *(_pairs(code, side) for side in sides)) for sides in part] for part in sums]
+    sums = "zeroinitializer"
+    for factor, group in zip(weights, groups):
+        sums = _add_products(code, sums, factor, group, rows)
+    return _pairs(code, sums)
 
 
-def _neon_int8(code: Code, codes: str, tokens: list[str], parts: int) -> Sums:
+def _two_rows_int8(code: Code, weights: list[str], groups: list[str], rows: range) -> str:
     """Two groups fit into 16 bits."""
-    sums = [[["zeroinitializer"] * 2 for _ in tokens] for _ in range(parts)]
-    for half in range(2):
-        weights = [_weights_int8(code, codes, part, half) for part in range(parts)]
-        for t, activations in enumerate(tokens):
-            groups = _groups(code, activations, half)
-            for k in (0, 2):
-                for part in range(parts):
-                    for side, lanes in enumerate((LOW, HIGH)):
-                        first = _add_products(code, "zeroinitializer", weights[part][k], groups[k], lanes)
-                        both = _add_products(code, first, weights[part][k + 1], groups[k + 1], lanes)
-                        sums[part][t][side] = code.let("sums", f"add <4 x i32> {sums[part][t][side]}, {_pairs(code, both)}")
-    return [[_rows(code, *sides) for sides in part] for part in sums]
+    sums = "zeroinitializer"
+    for k in range(0, GROUPS, 2):
+        first = _add_products(code, "zeroinitializer", weights[k], groups[k], rows)
+        both = _add_products(code, first, weights[k + 1], groups[k + 1], rows)
+        sums = code.let("sums", f"add <4 x i32> {sums}, {_pairs(code, both)}")
+    return sums
+
+
+def _plain(weights_of: Callable, two_rows: Callable) -> Callable:
+    """Token by token, so that only the weights and one token's sums need registers."""
+
+    def tile(code: Code, codes: str, tokens: list[str], parts: int) -> Sums:
+        weights = [weights_of(code, codes, part, 0) + weights_of(code, codes, part, 1) for part in range(parts)]
+        sums = [[] for _ in range(parts)]
+        for activations in tokens:
+            groups = _groups(code, activations, 0) + _groups(code, activations, 1)
+            for part in range(parts):
+                low, high = (two_rows(code, weights[part], groups, rows) for rows in (LOW, HIGH))
+                four = code.let("four", f"call <4 x i32> @llvm.aarch64.neon.addp.v4i32(<4 x i32> {low}, <4 x i32> {high})")
+                sums[part].append(four)
+        return sums
+
+    return tile
 
 
 NEON = InstructionSet(
@@ -112,8 +118,8 @@ NEON = InstructionSet(
     lanes=LANES,
     features=("neon",),
     declarations=NEON_DECLARATIONS,
-    int4=_neon_int4,
-    int8=_neon_int8,
+    int4=_plain(_weights_int4, _two_rows_int4),
+    int8=_plain(_weights_int8, _two_rows_int8),
     int8_excess=0,
-    parts={"int4": (4, 2, 2, 1), "int8": (4, 2, 2, 1)},
+    parts={"int4": (4, 2, 1, 1), "int8": (4, 2, 1, 1)},
 )
