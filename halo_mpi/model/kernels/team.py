@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from halo_mpi.model.kernels.tiles import aligned_bytes
 from halo_mpi.model.kernels.vectors import compiled, words_at
 
-SPINS = 2000  # some 10 us
+SPINS = 200  # some microseconds, as long as a step may take the others longer
 YIELDS = 5000  # some milliseconds, the time that a sync takes
 LINE_WORDS = 8  # of a cache line
 CALLS, ARRIVED, SLEEPERS, JOB = (LINE_WORDS * line for line in range(4))  # words of a team's board
