@@ -70,6 +70,7 @@ class Session:
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
         self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache))
+        self.together(self.kernel.prepare, patient=True)
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:

@@ -58,6 +58,9 @@ class Kernel(Protocol):
     sizes: Sizes
     threads: int
 
+    def prepare(self) -> None:
+        """Compile whatever was not compiled before on this machine, which may take a minute."""
+
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> Any:
         """A matrix without content: in memory of its own, or in the first bytes of `memory` (uint8, at a cache line)."""
 

@@ -11,6 +11,9 @@ from halo_mpi.model.layer_weights import LayerWeights
 from halo_mpi.model.sizes import Shape, Sizes
 
 
+COMPILED = ModelConfig("compiled", 1, 32, 1, 1, 16, 32, 32, 2, 1e-5, 10000.0, tied=True)  # the smallest that there is
+
+
 class Compiled:
     """The kernel `llvm`. `dtype`: of the layers' weights, int4 or int8; the vocabulary's are int8."""
 
@@ -18,6 +21,16 @@ class Compiled:
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32"):
         self.sizes, self.threads, self.isa = Sizes(config, dtype, "int8", cache), threads, products().isa
+
+    def prepare(self) -> None:
+        """Call everything once, with next to nothing to do."""
+        tiny = Compiled(COMPILED, self.sizes.dtype, self.threads, self.sizes.cache_dtype)
+        shapes = tiny.sizes.attention([0]) | tiny.sizes.ffn([0])
+        weights = LayerWeights(runs=[(0, 0, 1)], **{name: tiny.make(shape) for name, shape in shapes.items()})
+        share, head = tiny.share([weights], 2), tiny.head(tiny.make(tiny.sizes.table()), 32)
+        x = tiny.norm(head.rows([0]), np.ones(32, np.float32), 1e-5)
+        share.append(0, x, 0)
+        head.logits(share.attention(0, x, 1) + share.ffn(0, x))
 
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> Tiles | np.ndarray:
         memory = aligned_bytes(shape.nbytes) if memory is None else memory[: shape.nbytes]

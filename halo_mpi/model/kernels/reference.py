@@ -20,6 +20,9 @@ class Reference:
         self.sizes, self.threads = Sizes(config, cache_dtype=cache), threads
         torch.set_num_threads(threads)
 
+    def prepare(self) -> None:
+        pass
+
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> torch.Tensor:
         if memory is None:
             return torch.empty(shape.dims)
