@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-import psutil
 
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.profile import measure_cluster
 from halo_mpi.engine.read_speed import read_gbps
+from halo_mpi.engine.root import PREFILL_ROWS
+from halo_mpi.engine.split_head import even_rows, most_rows
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
+from halo_mpi.schedule.memory import free_bytes
 from halo_mpi.schedule.moving import ends_spared
 from halo_mpi.schedule.placement import Disks, Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
-    program = max(0, BASE_BYTES - psutil.Process().memory_info().rss)  # what this rank will take beside weights and cache
-    free = max(0, available_bytes() // session.ranks_on_host - program)
+    free = free_bytes(session.ranks_on_host)
     budget, store = session.run.memory, session.store
     reads = (
         budget is not None and budget <= free
@@ -82,6 +82,14 @@ def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
 
     plan = session.on_root(decide)
     return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None)), available, basis
+
+
+def plan_head(session: Session, basis: Basis | None) -> list[int]:
+    """How many rows of the head each rank is to score (collective)."""
+    config, ranks = session.config, session.comm.size
+    if session.run.head == "split":
+        return even_rows(config.vocabulary, ranks, most_rows(config.hidden, PREFILL_ROWS))
+    return [config.vocabulary] + [0] * (ranks - 1)
 
 
 def _root_extra(session: Session) -> int:

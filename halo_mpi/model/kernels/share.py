@@ -16,6 +16,7 @@ from halo_mpi.model.kernels.team import Team
 from halo_mpi.model.kernels.tiles import LINE, Tiles, aligned_bytes
 from halo_mpi.model.kernels.vectors import BLOCK, LANES
 from halo_mpi.model.layer_weights import Cache, LayerWeights
+from halo_mpi.store.encoding import TILE_ROWS
 
 
 class CompiledShare:
@@ -94,6 +95,10 @@ class CompiledHead:
         result = self._results.of(len(x))
         rows_product(self._record, self._work.record, x, result)
         return result[:, : self._vocabulary]
+
+    def part(self, start: int, stop: int) -> "CompiledHead":
+        """Some of the rows, whole tiles, where they are."""
+        return CompiledHead(self.tiles.part(slice(start // TILE_ROWS, -(-stop // TILE_ROWS))), stop - start, self._hidden)
 
     def rows(self, tokens: list[int] | np.ndarray) -> np.ndarray:
         """The residual vectors [T, D] with which tokens begin."""
