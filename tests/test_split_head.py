@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halo_mpi.engine.split_head import MOST_SKIPPED, as_sent, even_rows, most_rows, packed, ranges, unpacked, vectors_of
+from halo_mpi.engine.split_head import MOST_SKIPPED, as_sent, packed, ranges, unpacked, vectors_of
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import _lacking
+from halo_mpi.schedule.head import even_rows, most_rows
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Message
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
@@ -122,10 +123,10 @@ def test_scores_arrive_as_they_are_computed_in_somebodys_place(tokens, rows, wid
 
 
 def test_rows_are_whole_tiles_in_the_order_of_the_ranks():
-    assert even_rows(49152, 4, most_rows(576, 64)) == [12288] * 4
+    assert even_rows(49152, 4, most_rows(576)) == [12288] * 4
     assert even_rows(1000, 3, 4096) == [360, 320, 320]
     assert even_rows(20, 4, 4096) == [20, 0, 0, 0]
-    assert even_rows(1000, 2, most_rows(10, 40)) == [616, 384]
+    assert even_rows(1000, 2, most_rows(6)) == [632, 368]
     assert ranges([360, 320, 0, 320]) == [(0, 360), (360, 680), (680, 680), (680, 1000)]
 
 

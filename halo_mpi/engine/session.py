@@ -95,7 +95,7 @@ class Session:
         self.keeps = self.is_root and self._keeps_inputs()
         try:
             self.plan, disks, basis = plan_run(self)
-            self.head_rows = plan_head(self, basis)
+            self.head_rows, self._head_tokens = plan_head(self, basis)
             self.weights = Weights(self, loaded)
             streams = any(gather(self.comm, self.weights.loader.residence.streamed_bytes))
             predictor = self.on_root(
@@ -143,8 +143,9 @@ class Session:
             return weights.vocabulary
         self.event(f"the head is split: {rows} rows by rank")
         return SplitHead(
-            weights.vocabulary, rows, self.link, self.run.sync.wire, PREFILL_ROWS, lambda rank: self.root.crew.does_without(rank)
-        )
+            weights.vocabulary, rows, self.link, self.run.sync.wire, self._head_tokens,
+            lambda rank: self.root.crew.does_without(rank),
+        )  # fmt: skip
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""

@@ -19,31 +19,19 @@ from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.model.kernels.kernel import Head, Kernel
 from halo_mpi.model.loading import HeadBlock
-from halo_mpi.store.encoding import TILE_ROWS
+from halo_mpi.schedule.head import FURTHER, MOST_VECTORS
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.root_link import RootLink
 
 MARGIN_S = 5e-4  # that an answer may take longer than the root would
 MOST_SKIPPED = 63  # calls in which a worker that was late again and again is not asked
 F16_MAX = 65504.0
-FURTHER = 2  # values that tell the largest score
 
 
 def ranges(rows: Sequence[int]) -> list[tuple[int, int]]:
     """Counts of rows by rank as (start, stop)."""
     stops = list(accumulate(rows))
     return list(zip([0, *stops], stops))
-
-
-def even_rows(vocabulary: int, ranks: int, most: int) -> list[int]:
-    """As many rows for each rank, in whole tiles, but at most so many for a worker; the root has the rest."""
-    own = min(vocabulary // TILE_ROWS // ranks * TILE_ROWS, most)
-    return [vocabulary - own * (ranks - 1)] + [own] * (ranks - 1)
-
-
-def most_rows(width: int, most_vectors: int) -> int:
-    """Rows, whole tiles, whose scores for one token fit into one message of so many vectors."""
-    return (most_vectors * width - FURTHER) // TILE_ROWS * TILE_ROWS
 
 
 def vectors_of(rows: int, tokens: int, width: int, wire: str) -> int:
@@ -119,10 +107,10 @@ class Part:
 
 
 class SplitHead:
-    """A `Vocabulary` whose head is split. `rows`: counts by rank; `most_vectors`: of a message; a worker whose scores of all tokens at once
-    would take more is not asked. `does_without`: nor is this worker."""
+    """A `Vocabulary` whose head is split. `rows`: counts by rank; a worker whose scores of all tokens at once do not fit into a message is
+    not asked, and nobody for more than `most_tokens`. `does_without`: nor is this worker."""
 
-    def __init__(self, whole: HeldVocabulary, rows: Sequence[int], link: RootLink, wire: str, most_vectors: int,
+    def __init__(self, whole: HeldVocabulary, rows: Sequence[int], link: RootLink, wire: str, most_tokens: int,
                  does_without: Callable[[int], bool]):  # fmt: skip
         self.embed, self.nbytes, self.rows = whole.embed, whole.nbytes, rows
         self._whole, self._link, self._does_without = whole.head, link, does_without
@@ -130,7 +118,7 @@ class SplitHead:
         (_, self._own_rows), *others = ranges(rows)
         self._own = whole.head.part(0, self._own_rows)
         self._parts = {rank: Part(*ends, whole.head.part(*ends)) for rank, ends in enumerate(others, 1) if ends[0] < ends[1]}
-        self._most_vectors = most_vectors
+        self._most_tokens = most_tokens
         self.late = 0  # answers that were not waited for
 
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -169,8 +157,10 @@ class SplitHead:
     def _asked(self, tokens: int, width: int) -> list[int]:
         """The workers whose answer is to be waited for."""
         asked = []
+        if tokens > self._most_tokens:
+            return asked
         for rank, part in self._parts.items():
-            if self._does_without(rank) or vectors_of(part.rows, tokens, width, self._wire) > self._most_vectors:
+            if self._does_without(rank) or vectors_of(part.rows, tokens, width, self._wire) > MOST_VECTORS:
                 continue
             if part.skipped:
                 part.skipped -= 1

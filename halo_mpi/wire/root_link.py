@@ -60,13 +60,16 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
-    def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
+    def echo(
+        self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None, rows: int = 0
+    ) -> list[float]:
         """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
-        `work`: what the root does meanwhile. Raises MissingError if somebody has ended, or is silent for long.
+        `work`: what the root does meanwhile; `rows`: the answer has so many, in f32, instead of x. Raises MissingError if somebody has
+        ended, or is silent for long.
         """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
-        seq = self.ask(Kind.PING, 0, 0, x, workers)
+        seq = self.ask(Kind.PING, 0, rows, x, workers)
         waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
         if work:
             work()
