@@ -9,9 +9,10 @@ import pytest
 from bench import exactness, overhead, rank, report
 from bench.cells import generation, run_locally
 from bench.opponent import Opponent
-from bench.shapes import SHAPES, meta_of
+from bench.shapes import config_of, meta_of
 from bench.ticks import part_of, parts_of, phase_of, read_ticks, shown_parts
 from click.testing import CliRunner
+from halo_mpi.model.records import VOCABULARY_BLOCK
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from tests.test_bench import run_of
 
@@ -46,13 +47,14 @@ def test_a_prompt_is_cut_between_words_to_at_most_so_many_tokens(tiny):
         assert len(ids) <= most < len(tokenizer.encode(longer))
 
 
-def test_the_bytes_of_a_token_are_those_of_all_layers_the_head_and_the_cache():
-    micro = SHAPES["micro"]  # 4 layers, hidden 128, 8 and 4 heads of 16, FFN 384, vocabulary 512
-    weights = 4 * (128 * (128 + 64 + 64) + 128 * 128 + 3 * 128 * 384)
-    head = 128 * 512
-    assert rank.needed_bytes(micro, "f32", 0) == 4 * (weights + head)
-    assert rank.needed_bytes(micro, "int4", 0) == weights * 20 / 32 + head * 34 / 32
-    assert rank.needed_bytes(micro, "f32", 10) - rank.needed_bytes(micro, "f32", 0) == 10 * 4 * 2 * 4 * 16 * 2
+def test_the_bytes_of_a_token_are_those_of_all_layers_the_head_and_the_cache(tiny):
+    config = config_of(tiny)
+    whole, rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    groups = config.groups * config.group_size
+    weights = config.layers * config.hidden * (2 * whole + 2 * rows + 3 * groups)
+    head = -(-config.vocabulary // VOCABULARY_BLOCK) * VOCABULARY_BLOCK * config.hidden
+    assert rank.stored_bytes(tiny) == 4 * (weights + head)
+    assert rank.cached_bytes(config, 10) == 10 * config.layers * 2 * rows * 2
     assert rank.mbu(100e6, 10.0, 20.0) == pytest.approx(0.5)
 
 
@@ -68,7 +70,7 @@ def test_the_better_setting_of_the_peer_counts_in_each_case():
     rows = {(row[0], row[1]): row for row in rank.table(rank_content(runs)).rows}
     mine = rows["decode", "int4, kernel auto (reference)"]
     assert mine[4] == "20.0" and mine[-1] == "2.50 (1 pair)", "the first token is warm-up; 8 ms with flash attention"
-    assert mine[6:8] == ["128", "64%"], "80 MB and 48.5 positions in 20 ms of 10 GB/s"
+    assert mine[6:9] == ["20.0", "128", "64%"], "80 MB and 48.5 positions in 20 ms of 10 GB/s"
     assert rows["prefill-512", "int4, kernel auto (reference)"][-1] == "0.33 (1 pair)"
     assert [row[1] for row in rows.values() if row[-1] == "best"] == [
         "llama.cpp, flash attention on", "llama.cpp, flash attention off"]  # fmt: skip
