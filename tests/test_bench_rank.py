@@ -9,6 +9,7 @@ import pytest
 from bench import exactness, overhead, rank, report
 from bench.cells import generation, run_locally
 from bench.opponent import Opponent
+from bench.rank_cases import CASES, Texts, fit_prompt
 from bench.shapes import config_of, meta_of
 from bench.ticks import part_of, parts_of, phase_of, read_ticks, shown_parts
 from click.testing import CliRunner
@@ -41,7 +42,7 @@ def rank_content(runs: list[dict]) -> dict:
 def test_a_prompt_is_cut_between_words_to_at_most_so_many_tokens(tiny):
     tokenizer, text = Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), "some words that follow one another " * 50
     for most in (6, 16, 100):
-        prompt, ids = rank.fit_prompt(tokenizer, text, most)
+        prompt, ids = fit_prompt(tokenizer, text, most)
         longer = text[: text.index(" ", len(prompt) + 1)]
         assert text.startswith(prompt) and tokenizer.encode(prompt) == ids
         assert len(ids) <= most < len(tokenizer.encode(longer))
@@ -91,13 +92,13 @@ def test_the_peer_is_asked_for_the_same_ids_after_a_warm_up(tmp_path, tiny):
         f"""#!/bin/sh\necho '{{"version": "0.3"}}'\nwhile read -r line; do echo "$line" >> {tmp_path}/asked; echo '{answer}'; done\n"""
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    texts = rank.Texts(Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), ("decode",), tmp_path)
+    texts = Texts(Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), ("decode",), tmp_path)
     with Opponent(fake, tmp_path / "x.gguf", texts.longest) as opponent:
         assert opponent.facts == {"version": "0.3"}
         assert opponent.run(texts, True) == {"cases": {"decode": {"token_ids": [1], "ttft_ms": 2.0, "tpot_ms": []}}}
     asked = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
     assert [(len(each["ids"]), each["tokens"], each["flash"]) for each in asked] == [
-        (len(texts.ids[name]), rank.CASES[name].tokens, True) for name in ("warm-up", "decode")]  # fmt: skip
+        (len(texts.ids[name]), CASES[name].tokens, True) for name in ("warm-up", "decode")]  # fmt: skip
     written = [json.loads(line) for line in texts.file.read_text().splitlines()]
     assert [(line["id"], line["max_tokens"]) for line in written] == [("warm-up", 16), ("decode", 65)]
 
