@@ -149,8 +149,6 @@ def line_of(run: dict) -> str:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @shared_options("minutes", "json", minutes=15)
 def main(source, dtypes, held, repeats, minutes, out) -> int:
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     with stored_as(source, dtypes) as (shape, models):
         results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, rounds=ROUNDS, tokens=TOKENS)
         groups = [

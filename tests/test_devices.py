@@ -84,10 +84,11 @@ def test_what_plan_prints_as_json_is_a_file_of_devices(tmp_path):
 
 def test_what_is_read_is_shown_and_read_again(tmp_path):
     content = {"devices": [{"speed": 8}, {"speed": 8, "memory": "200M", "read_gbps": 4}]}
-    options = ("--shape", "tinyllama", "--devices", devices_file(tmp_path, content))
+    shape = ("--shape", "tinyllama", "--dtype", "f32")
+    options = (*shape, "--devices", devices_file(tmp_path, content))
     table = succeed(halo(1, "plan", *options)).out
     first = succeed(halo(1, "plan", *options, "--json")).out
-    again = succeed(halo(1, "plan", "--shape", "tinyllama", "--devices", devices_file(tmp_path, first), "--json")).out
+    again = succeed(halo(1, "plan", *shape, "--devices", devices_file(tmp_path, first), "--json")).out
     planned = json.loads(first)
     chosen = planned["options"][planned["chosen"]]
     assert planned == json.loads(again) and planned["devices"][1]["read_gbps"] == 4
@@ -130,5 +131,6 @@ def test_a_shard_that_only_one_disk_holds_is_missed():
 )
 def test_plan_tells_what_a_loss_would_mean(tmp_path, memory, line):
     content = {"devices": [{"speed": 8, "memory": memory}, {"speed": 4, "memory": "1500M", "count": 2}]}
-    options = ("--shape", "tinyllama", "--devices", devices_file(tmp_path, content))
+    shape = ("--shape", "tinyllama", "--dtype", "f32")
+    options = (*shape, "--devices", devices_file(tmp_path, content))
     assert line in " ".join(succeed(halo(1, "plan", *options)).out.split())

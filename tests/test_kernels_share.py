@@ -1,13 +1,16 @@
 """Compiled shares: what they compute, against model/llama.py with the same weights; results that do not depend on the chunk."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.share import CompiledHead, CompiledShare, LayerWeights
+from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes, stored_tiles, tiles_across, tiles_down
-from halo_mpi.model.llama import LayerWeights as TorchWeights
+from halo_mpi.model.layer_weights import LayerWeights
 from halo_mpi.model.llama import Share, runs_of
 from halo_mpi.store.encoding import decode, encode
 
@@ -78,7 +81,7 @@ def layer(config: ModelConfig, query_heads: list[int], dtype="int8", biased=Fals
         bias = bias.reshape(-1)
     compiled = LayerWeights(qkv_tiles, bias, o_tiles, runs, gate_up_tiles, gate_bias, down_tiles)
     qkv, o, gate_up, down = (torch.tensor(matrix) for matrix in (qkv, o, gate_up, down))
-    return compiled, TorchWeights(qkv, tensor_bias, o, runs, gate_up, tensor_gate_bias, down)
+    return compiled, LayerWeights(qkv, tensor_bias, o, runs, gate_up, tensor_gate_bias, down)
 
 
 def inputs(config: ModelConfig, rows: int, seed=1) -> np.ndarray:
@@ -150,6 +153,37 @@ def test_half_precision_caches_are_close(config, heads):
     assert error(half.attention(0, x, 0), torch.tensor(full.attention(0, x, 0))) < 2e-2
     for mine, its in zip(half.kv[0], full.kv[0]):
         assert same_bits(mine, its.astype(np.float16))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("config, heads", SHAPES[1:4])
+def test_threads_do_not_change_a_bit(config, heads, threads):
+    compiled, _ = layer(config, heads, "int4", biased=True)
+    alone, team = (CompiledShare(config, [compiled], 128, threads=number) for number in (1, threads))
+    position = 0
+    for rows in (70, 1, 2, 1):
+        x = inputs(config, rows, seed=rows)
+        assert same_bits(alone.attention(0, x, position), team.attention(0, x, position))
+        assert same_bits(alone.ffn(0, x), team.ffn(0, x))
+        position += rows
+    team.append(0, x, position)
+    alone.append(0, x, position)
+    assert all(same_bits(a, b) for a, b in zip(alone.kv[0], team.kv[0]))
+
+
+def test_threads_sleep_between_calls_and_end_with_their_share():
+    config, heads = SHAPES[0]
+    before = set(threading.enumerate())
+    share, x = CompiledShare(config, [layer(config, heads)[0]], 8, threads=3), inputs(config, 1)
+    team = set(threading.enumerate()) - before
+    first = share.ffn(0, x).copy()
+    time.sleep(0.5)  # long enough to fall asleep
+    assert same_bits(first, share.ffn(0, x))
+    assert len(team) == 2 and all(thread.is_alive() for thread in team)
+    del share
+    for thread in team:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_appending_is_what_attention_does_first():

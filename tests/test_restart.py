@@ -57,6 +57,19 @@ def test_a_killed_root_ends_the_job_and_is_not_started_again(tiny):
         assert "rank 0 was killed" in err
 
 
+def test_where_all_read_at_every_token_a_lost_worker_means_another_start(deep, tmp_path):
+    if not mpi_tolerates():
+        pytest.skip("this MPI ends all ranks with one")
+    report = tmp_path / "report.json"
+    code, wanted, err, _ = Launched(deep, *TEXT, "--json", report, program="halo_mpi.generate").end()
+    assert code == 0, err
+    memory = max(device["weights_bytes"] for device in json.loads(report.read_text())["devices"]) * 3 // 4
+    run = Launched(deep, *TEXT, "--memory", memory, "--json", report).until(20)
+    code, out, err, _ = run.send(run.rank(1)).end()
+    assert (code, out) == (0, wanted), err
+    assert "rank 1 is gone, and nobody who is left can take its work over" in err and "a rank was missing; going on after" in err
+
+
 def test_a_batch_that_is_lost_repeats_and_misses_nothing(tiny, tmp_path):
     lines = [{"id": number, "prompt": f"The quick {number}", "temperature": 1.0} for number in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -48,7 +48,7 @@ class Calibration:
             return windows({path.name: read_text(path) for path in paths or SHIPPED}, tokenizer, tokens, window).tolist()
 
         cut_ = self._together(lambda: cut() if self._comm.rank == 0 else None)
-        self._windows = np.array(broadcast(self._comm, cut_), np.int32)
+        self._windows = np.array(broadcast(self._comm, cut_, patient=True), np.int32)
         self._texts = [path.name for path in paths or SHIPPED]
 
     def run(self, sensitivity_tokens: int, unit: int) -> tuple[dict, int] | None:
@@ -71,7 +71,7 @@ class Calibration:
             *_, sensitivities = self._progress(steps, config.layers + 1, "measuring layers")
         found = self._together(lambda: self._write(files, unit, sensitivities) if comm.rank == 0 else None)
         files.remove()
-        peaks = gather(comm, peak_memory())
+        peaks = gather(comm, peak_memory(), patient=True)
         return (found, max(peaks)) if comm.rank == 0 else None
 
     def _write(self, files: ProgressFiles, unit: int, sensitivities: np.ndarray | None) -> dict:
@@ -83,7 +83,7 @@ class Calibration:
         return found
 
     def _together(self, step):
-        return together(self._comm, step, self._verbose)
+        return together(self._comm, step, self._verbose, patient=True)
 
     def _progress(self, steps, total: int, label: str):
         return progress(steps, total, label, shown=self._comm.rank == 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
-from halo_mpi.wire.exchange import broadcast, gather
+from halo_mpi.wire.exchange import broadcast, gather, name_hosts
 
 
 def this_machine() -> str:
@@ -26,7 +26,9 @@ def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int, in
     """Every rank's host, how many ranks are on this one, and this rank's threads: `threads`, or its part of the cores (collective)."""
     machines = broadcast(comm, gather(comm, this_machine()))
     here = machines.count(this_machine())
-    return [machine.partition(" ")[0] for machine in machines], here, threads or max(1, _cores() // here)
+    hosts = [machine.partition(" ")[0] for machine in machines]
+    name_hosts(comm, hosts)
+    return hosts, here, threads or max(1, _cores() // here)
 
 
 def _cores() -> int:

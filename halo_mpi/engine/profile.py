@@ -18,7 +18,7 @@ from halo_mpi.model.records import split_evenly
 from halo_mpi.model.sizes import Shape, Shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
-from halo_mpi.wire.exchange import broadcast, gather
+from halo_mpi.wire.exchange import broadcast, gather, meet
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
 
@@ -37,7 +37,7 @@ def measure_cluster(
     comm: MPI.Comm, kernel: Kernel, marks: Marks, link: RootLink | WorkerLink, about: dict
 ) -> Cluster | None:
     """The devices by rank, on the root (collective). `about`: the fields of this rank's Device that are known."""
-    comm.Barrier()  # all begin together, and slow one another down as they will later
+    meet(comm)  # all begin together, and slow one another down as they will later
     computing = together(comm, lambda: Computing(kernel, comm.size, marks))
     head_ms = _head_ms(kernel) if comm.rank == 0 else 0.0
     devices = gather(comm, {**about, **computing.found})

@@ -14,7 +14,7 @@ TOGETHER = 4  # neighbouring records, which a disk gives faster than scattered o
 
 
 def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float | None:
-    """GB/s of weights as they are in memory, read and copied or decoded as the loader does it, for READ_S; None if there are none on this disk.
+    """GB/s of weights as they are in memory, read and copied or decoded as the loader does it, for READ_S; None if this disk has none.
 
     Each record is read once, from places spread over the layers and others on every rank, so that on a Pi that has not yet used the model
     the disk answers. Records that the page cache holds come faster, several times where the disk is slow: the figure then is that of

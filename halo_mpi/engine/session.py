@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mpi4py import MPI
 
+from halo_mpi.engine import stage
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.last_words import device_of, last_words
@@ -38,7 +39,7 @@ from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
 from halo_mpi.store.reader import ModelStore
-from halo_mpi.wire.exchange import ROOT, broadcast, gather
+from halo_mpi.wire.exchange import ROOT, broadcast, duplicate, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
@@ -68,15 +69,16 @@ class Session:
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
-        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads))
+        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache))
+        self.together(self.kernel.prepare, patient=True)
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
         return self.together(lambda: step() if self.is_root else None)
 
-    def together(self, step: Callable[[], T]) -> T:
-        return together(self.comm, step, self.run.verbose)
+    def together(self, step: Callable[[], T], patient: bool = False) -> T:
+        return together(self.comm, step, self.run.verbose, patient)
 
     def load(self, context: int | None) -> None:
         """Connect, plan, check memory and begin to load this rank's share (collective); `context`: the root's longest text."""
@@ -129,12 +131,13 @@ class Session:
         else:
             weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
             self.worker = Worker(self.link, weights.holdings, self.marks)
+        stage.work_begins()
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
-        copies = comm.Dup() if sync.copies and self.ranks_on_host < comm.size else None
+        copies = duplicate(comm) if sync.copies and self.ranks_on_host < comm.size else None
         peers = workers if self.is_root else [ROOT]
         mailbox = self._mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         if self.is_root:
@@ -270,7 +273,6 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
-        shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("kernel", "placement", "moves", "memory", "threads", "load_first", "verbose")}
-        )
+        names = ("kernel", "cache", "placement", "moves", "memory", "threads", "load_first", "verbose")
+        shared = broadcast(self.comm, {name: getattr(run, name) for name in names})
         return replace(run, sync=sync, **shared)

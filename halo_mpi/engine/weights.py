@@ -69,7 +69,7 @@ class Weights:
                 self.holdings = Holdings(store, kernel, share, heads, groups, session.comm.size, self.loader, room)
 
         try:
-            session.together(begin)
+            session.together(begin, patient=run.load_first)
         except AgreedError:
             self.close()
             raise

@@ -21,12 +21,12 @@ class Share:
     """A rank's heads and neurons of every layer, with the KV cache of those heads.
 
     The cache holds `context` positions; a call at position p overwrites what was there from p on, so a new sequence
-    begins at position 0 without a reset.
+    begins at position 0 without a reset. `cache_dtype`: f32, or f16.
     """
 
-    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int):
+    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: torch.dtype = torch.float32):
         self.config = config
-        self.layers = layers
+        self.layers, self._cache_dtype = layers, cache_dtype
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
         self.kv: list[Cache] = [self.empty_cache(len(layer.runs)) for layer in layers]
         cos, sin = config.rotary_tables(context)
@@ -35,7 +35,7 @@ class Share:
     def empty_cache(self, kv_heads: int) -> Cache:
         """For so many KV heads of a layer."""
         shape = (kv_heads, self.context, self.config.head_dim)
-        return torch.zeros(shape), torch.zeros(shape)
+        return torch.zeros(shape, dtype=self._cache_dtype), torch.zeros(shape, dtype=self._cache_dtype)
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
@@ -54,10 +54,10 @@ class Share:
         values[:, position:end] = qkv[heads + kv_heads :]
         mixed = torch.empty(heads, tokens, dim)
         for kv, first, last in weights.runs:
-            scores = rotated[first:last] @ keys[kv, :end].T * dim**-0.5  # [run, T, end]
+            scores = rotated[first:last] @ keys[kv, :end].float().T * dim**-0.5  # [run, T, end]
             if tokens > 1:
                 scores += torch.full((tokens, end), -torch.inf).triu(position + 1)
-            mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
+            mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end].float()
         return mixed.transpose(0, 1).reshape(tokens, -1)
 
     def append(self, layer: int, x: torch.Tensor, position: int, coming: tuple[LayerWeights, Cache] | None = None) -> None:

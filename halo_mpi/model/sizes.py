@@ -34,12 +34,12 @@ def shape_bytes(shapes: Shapes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """`dtype`, `vocabulary_dtype`: of matrices in memory; `cache_value`: bytes of one number of the KV cache."""
+    """`dtype`, `vocabulary_dtype`: of matrices in memory; `cache_dtype`: f32 or f16, of the KV cache."""
 
     config: ModelConfig
     dtype: str = "f32"
     vocabulary_dtype: str = "f32"
-    cache_value: int = 4
+    cache_dtype: str = "f32"
 
     @property
     def head_rows(self) -> int:
@@ -95,7 +95,7 @@ class Sizes:
     def cache_bytes(self, query_heads: list[list[int]], context: int) -> int:
         """The KV cache of a share's heads for `context` positions."""
         kv_heads = sum(len({head // self.config.heads_per_kv for head in heads}) for heads in query_heads)
-        return 2 * self.cache_value * kv_heads * context * self.config.head_dim
+        return 2 * (2 if self.cache_dtype == "f16" else 4) * kv_heads * context * self.config.head_dim
 
     def layer_bytes(self, query_heads: list[int], groups: list[int], context: int) -> int:
         """Some query heads and FFN groups of a layer, their cache for `context` positions included."""

@@ -111,17 +111,20 @@ def copy_tile(cache, first, count, dim, half, tile):
     """Positions from a cache [context, dim] (an address) to a tile [32, dim filled up to 8] of f32, whose columns beyond dim are 0."""
     width = -(-dim // LANES) * LANES
     to = carray(floats_at(tile), (TILE, width))
-    to[:count, dim:] = 0
     if half:
         halves = carray(halves_at(cache), (first + count, dim))
         for i in range(count):
             for j in range(dim):
                 to[i, j] = from_half(halves[first + i, j])
+            for j in range(dim, width):
+                to[i, j] = 0
     else:
         floats = carray(floats_at(cache), (first + count, dim))
         for i in range(count):
             for j in range(dim):
                 to[i, j] = floats[first + i, j]
+            for j in range(dim, width):
+                to[i, j] = 0
 
 
 @njit(nogil=True, error_model="numpy")
@@ -145,7 +148,8 @@ def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, 
     for row in range(rows):
         for head in range(heads):
             into = carray(floats_at(mixed + 4 * (row * mixed_stride + head * head_columns)), vectors * LANES)
-            into[:] = 0
+            for column in range(vectors * LANES):
+                into[column] = 0
     item = 2 if half else 4
     for first in range(0, position + rows, TILE):
         most = min(TILE, position + rows - first)

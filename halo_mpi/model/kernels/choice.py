@@ -9,8 +9,8 @@ KERNELS = ("auto", "llvm", "reference")
 TILED = ("int4", "int8")  # storage that compiled kernels read
 
 
-def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int) -> Kernel:
-    """`name`: of KERNELS; `dtype`: in which the model's weights are stored.
+def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int, cache: str = "f32") -> Kernel:
+    """`name`: of KERNELS; `dtype`: in which the model's weights are stored; `cache`: f32 or f16, of K and V.
 
     auto: llvm if the weights are in tiles and this processor has the instructions. Raises UsageError if it cannot be the one wanted.
     """
@@ -20,10 +20,10 @@ def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int) -> Ker
     if name == "reference" or reason:
         from halo_mpi.model.kernels.reference import Reference
 
-        return Reference(config, threads)
+        return Reference(config, threads, cache)
     from halo_mpi.model.kernels.llvm import Compiled
 
-    return Compiled(config, dtype, threads)
+    return Compiled(config, dtype, threads, cache)
 
 
 def sizes_of(config: ModelConfig, dtype: str) -> Sizes:

@@ -58,8 +58,14 @@ class Kernel(Protocol):
     sizes: Sizes
     threads: int
 
+    def prepare(self) -> None:
+        """Compile whatever was not compiled before on this machine, which may take a minute."""
+
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> Any:
         """A matrix without content: in memory of its own, or in the first bytes of `memory` (uint8, at a cache line)."""
+
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        """x f32 [T, D] divided by the root of its mean square, times weight [D]."""
 
     def share(self, layers: list[LayerWeights], context: int) -> Share:
         """With an empty cache."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.layer_weights import Cache, LayerWeights
 from halo_mpi.model.llama import Share
+from halo_mpi.model.norms import rms_norm
 from halo_mpi.model.sizes import Shape, Sizes
 
 
@@ -15,17 +16,23 @@ class Reference:
 
     name, isa = "reference", "torch"
 
-    def __init__(self, config: ModelConfig, threads: int = 1):
-        self.sizes, self.threads = Sizes(config), threads
+    def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
+        self.sizes, self.threads = Sizes(config, cache_dtype=cache), threads
         torch.set_num_threads(threads)
+
+    def prepare(self) -> None:
+        pass
 
     def make(self, shape: Shape, memory: np.ndarray | None = None) -> torch.Tensor:
         if memory is None:
             return torch.empty(shape.dims)
         return torch.from_numpy(memory[: shape.nbytes].view(np.float32).reshape(shape.dims))
 
+    def norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        return rms_norm(x, weight, eps)
+
     def share(self, layers: list[LayerWeights], context: int) -> "ReferenceShare":
-        return ReferenceShare(self.sizes.config, layers, context)
+        return ReferenceShare(self.sizes.config, layers, context, torch.float16 if self.sizes.cache_dtype == "f16" else torch.float32)
 
     def head(self, matrix: torch.Tensor, rows: int) -> "ReferenceHead":
         return ReferenceHead(matrix[:rows])

@@ -4,45 +4,18 @@ Inputs of the products are rounded to 8 bits, 32 values to a scale. A row's resu
 computed at once. Not for several threads at a time: they would share the buffers.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.attend import STATE, TILE
 from halo_mpi.model.kernels.compiled import products
-from halo_mpi.model.kernels.layer import ATTENTION, FFN, MATRIX, ROWS, WORK, append, attention, ffn, rows_product
+from halo_mpi.model.kernels.layer import ROWS, append, attention, ffn, rows_product, serve
 from halo_mpi.model.kernels.lookup import dequantized_rows
-from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes
+from halo_mpi.model.kernels.steps import ATTENTION, BUFFERS, FFN, MATRIX, WORK
+from halo_mpi.model.kernels.team import Team
+from halo_mpi.model.kernels.tiles import LINE, Tiles, aligned_bytes
 from halo_mpi.model.kernels.vectors import BLOCK, LANES
-
-Cache = tuple[np.ndarray, np.ndarray]  # keys, values [KV heads, context, head_dim], f32 or f16
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """The matrices of a rank's share of one layer. A head has head_dim rows, filled up to a multiple of 16 with zeros.
-
-    `runs` lists (local KV head, first, last + 1 query head) for query heads that share a KV head.
-    """
-
-    qkv: Tiles | None  # [(query heads + 2 KV heads) * head rows, D]
-    qkv_bias: np.ndarray | None  # f32
-    o: Tiles | None  # [D, query heads * head_dim filled up to 32]
-    runs: list[tuple[int, int, int]]
-    gate_up: Tiles | None  # [2 neurons, D], neurons a multiple of 32
-    gate_up_bias: np.ndarray | None
-    down: Tiles | None  # [D, neurons]
-
-    @classmethod
-    def empty(cls) -> "LayerWeights":
-        """No heads and no neurons."""
-        return cls(None, None, None, [], None, None, None)
-
-    @property
-    def nbytes(self) -> int:
-        parts = (self.qkv, self.qkv_bias, self.o, self.gate_up, self.gate_up_bias, self.down)
-        return sum(part.nbytes for part in parts if part is not None)
+from halo_mpi.model.layer_weights import Cache, LayerWeights
 
 
 class CompiledShare:
@@ -51,7 +24,8 @@ class CompiledShare:
     What is returned is valid until the next call of the same method. `cache_dtype`: np.float32 or np.float16.
     """
 
-    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32):
+    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
+                 threads: int = 1):  # fmt: skip
         self.config = config
         self.layers = layers
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
@@ -60,7 +34,7 @@ class CompiledShare:
         self._angles = config.rotary_tables(context)  # cos, sin, f32 [context, head_dim / 2]
         self._attention: list[BoundAttention | None] = [None] * len(layers)
         self._ffn: list[BoundFfn | None] = [None] * len(layers)
-        self._work = Work()
+        self._work = Work(Team(threads, serve))
         self._sums = Results(config.hidden), Results(config.hidden)  # of attention, of the FFN
 
     def empty_cache(self, kv_heads: int) -> Cache:
@@ -107,11 +81,11 @@ class CompiledShare:
 class CompiledHead:
     """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding."""
 
-    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int):
+    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, threads: int = 1):
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden
         self._record = np.zeros(1, MATRIX)
         describe(self._record[0], tiles, None)
-        self._work = Work()
+        self._work = Work(Team(threads, serve))
         self._work.reserve(inputs=tiles.shape[1])
         self._results = Results(tiles.shape[0], rows=8)
 
@@ -178,9 +152,11 @@ class BoundFfn:
 class Work:
     """Buffers for a chunk of rows, as wide as any layer needed so far."""
 
-    def __init__(self):
+    def __init__(self, team: Team):
         self.record = np.zeros(1, WORK)
-        self._sizes = dict.fromkeys(WORK.names, 0)
+        self.record[0]["board"], self.record[0]["threads"] = team.board.ctypes.data, team.threads
+        self._team = team
+        self._sizes = dict.fromkeys(BUFFERS, 0)
         self._memory: list[np.ndarray] = []
 
     def reserve(self, inputs: int, wide: int = 0, mixed: int = 0, run: int = 0, dim: int = 0, result: int = 0) -> None:
@@ -191,8 +167,11 @@ class Work:
         needed = {name: ROWS * size for name, size in needed.items()} | dict(scratch=4 * (TILE + STATE * ROWS * run + tiles))
         if all(needed[name] <= size for name, size in self._sizes.items()):
             return
-        self._sizes = {name: max(needed[name], size) for name, size in self._sizes.items()}
-        self._memory = [aligned_bytes(size) for size in self._sizes.values()]
+        self._sizes = {name: -(-max(needed[name], size) // LINE) * LINE for name, size in self._sizes.items()}
+        self._memory = [
+            aligned_bytes(size * (self._team.threads if name == "scratch" else 1)) for name, size in self._sizes.items()
+        ]
+        self.record[0]["scratch_bytes"] = self._sizes["scratch"]
         for name, memory in zip(self._sizes, self._memory):
             self.record[0][name] = memory.ctypes.data
 

@@ -206,7 +206,9 @@ def to_half(typing, value):
     return types.uint16(types.float32), build
 
 
-def _pointer_to(kind):
+def pointer_to(kind):
+    """Signature and code of an intrinsic that makes a pointer of an address."""
+
     def build(context, builder, signature, values):
         return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
 
@@ -216,16 +218,16 @@ def _pointer_to(kind):
 @intrinsic
 def floats_at(typing, address):
     """A pointer to f32."""
-    return _pointer_to(types.float32)
+    return pointer_to(types.float32)
 
 
 @intrinsic
 def halves_at(typing, address):
     """A pointer to the bits of f16."""
-    return _pointer_to(types.uint16)
+    return pointer_to(types.uint16)
 
 
 @intrinsic
 def words_at(typing, address):
     """A pointer to int64."""
-    return _pointer_to(types.int64)
+    return pointer_to(types.int64)
