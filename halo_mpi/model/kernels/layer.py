@@ -7,9 +7,12 @@ Rows go through in chunks of at most 64, whose intermediate values stay in the s
 others'. All threads of a team run the same function, and meet where a step needs what the others made.
 """
 
-from numba import carray, from_dtype, njit
+from functools import cache
+
+from numba import carray, from_dtype, types
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import entry, step
 from halo_mpi.model.kernels.steps import (
     ATTENTION,
     FFN,
@@ -30,7 +33,7 @@ ROWS = 64  # of a chunk
 ATTEND, APPEND, FEED, MULTIPLY = range(QUIT + 1, QUIT + 5)  # kinds of jobs
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def attention_part(a, work, x, count, position, result, thread):
     board, threads = work.board, work.threads
     stride, mixed = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK
@@ -50,7 +53,7 @@ def attention_part(a, work, x, count, position, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def append_part(a, work, x, count, position, thread):
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
@@ -63,7 +66,7 @@ def append_part(a, work, x, count, position, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def ffn_part(f, work, x, count, result, thread):
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
@@ -78,7 +81,7 @@ def ffn_part(f, work, x, count, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def product_part(matrix, work, x, count, columns, result, thread):
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
@@ -89,37 +92,45 @@ def product_part(matrix, work, x, count, columns, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def attention(layers, works, x, position, result):
     """result [T, hidden] = what the heads of layers[0] add, for the normed input x [T, hidden]; appends K and V at `position`."""
     work = works[0]
+    if x.shape[1] != layers[0].hidden or result.shape != x.shape:
+        raise ValueError("input or result has another shape than the layer's")
     if work.threads > 1:
         call(work.board, ATTEND, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), position, result.ctypes.data)
     attention_part(layers[0], work, x.ctypes.data, len(x), position, result.ctypes.data, 0)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def append(layers, works, x, position):
     """Only append K and V of the normed input x [T, hidden] at `position`."""
     work = works[0]
+    if x.shape[1] != layers[0].hidden:
+        raise ValueError("input has another width than the layer's")
     if work.threads > 1:
         call(work.board, APPEND, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), position, 0)
     append_part(layers[0], work, x.ctypes.data, len(x), position, 0)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def ffn(layers, works, x, result):
     """result [T, hidden] = what the neurons of layers[0] add, for the normed input x [T, hidden]."""
     work = works[0]
+    if x.shape[1] != layers[0].hidden or result.shape != x.shape:
+        raise ValueError("input or result has another shape than the layer's")
     if work.threads > 1:
         call(work.board, FEED, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), 0, result.ctypes.data)
     ffn_part(layers[0], work, x.ctypes.data, len(x), result.ctypes.data, 0)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def rows_product(matrices, works, x, result):
     """result [T, matrix rows] = matrices[0] * x [T, columns]."""
     work, columns = works[0], x.shape[1]
+    if matrices[0].column_tiles != -(-columns // BLOCK) or result.shape != (len(x), matrices[0].row_tiles * TILE_ROWS):
+        raise ValueError("input or result has another shape than the matrix")
     if work.threads > 1:
         data = matrices.ctypes.data
         call(work.board, MULTIPLY, data, works.ctypes.data, x.ctypes.data, len(x), columns, result.ctypes.data)
@@ -138,7 +149,7 @@ def _record_at(dtype):
 attention_at, ffn_at, matrix_at, work_at = (_record_at(dtype) for dtype in (ATTENTION, FFN, MATRIX, WORK))
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def serve(board, thread):
     """Take part in all calls of a team until it is told to quit."""
     address, calls = board.ctypes.data, 0
@@ -157,3 +168,18 @@ def serve(board, thread):
             ffn_part(carray(ffn_at(data), 1)[0], work, x, count, result, thread)
         else:
             product_part(carray(matrix_at(data), 1)[0], work, x, count, position, result, thread)
+
+
+@cache
+def prepare() -> None:
+    """Compile all entries, or take them from the disk, for the only types that they accept from then on."""
+    rows, words = types.float32[:, ::1], types.int64
+    attention_record, ffn_record, matrix_record, work = (from_dtype(dtype)[::1] for dtype in (ATTENTION, FFN, MATRIX, WORK))
+    for function, signature in (
+        (attention, (attention_record, work, rows, words, rows)),
+        (append, (attention_record, work, rows, words)),
+        (ffn, (ffn_record, work, rows, rows)),
+        (rows_product, (matrix_record, work, rows, rows)),
+    ):
+        function.compile(signature)
+        function.disable_compile()

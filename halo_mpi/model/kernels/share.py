@@ -11,7 +11,7 @@ import numpy as np
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.attend import STATE, TILE
 from halo_mpi.model.kernels.compiled import products
-from halo_mpi.model.kernels.layer import ROWS, append, attention, ffn, rows_product, serve
+from halo_mpi.model.kernels.layer import ROWS, append, attention, ffn, prepare, rows_product, serve
 from halo_mpi.model.kernels.lookup import dequantized_rows
 from halo_mpi.model.kernels.steps import ATTENTION, BUFFERS, FFN, MATRIX, WORK
 from halo_mpi.model.kernels.team import Team
@@ -50,7 +50,8 @@ class LayerWeights:
 class CompiledShare:
     """A rank's heads and neurons of every layer, with the KV cache of those heads; see model/llama.py.
 
-    What is returned is valid until the next call of the same method. `cache_dtype`: np.float32 or np.float16.
+    What is returned is valid until the next call of the same method. Inputs are f32, contiguous and writable. `cache_dtype`: np.float32
+    or np.float16.
     """
 
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
@@ -63,7 +64,9 @@ class CompiledShare:
         self._angles = config.rotary_tables(context)  # cos, sin, f32 [context, head_dim / 2]
         self._attention: list[BoundAttention | None] = [None] * len(layers)
         self._ffn: list[BoundFfn | None] = [None] * len(layers)
-        self._work = Work(Team(threads, serve))
+        prepare()
+        self.team = Team(threads, serve)
+        self._work = Work(self.team)
         self._sums = Results(config.hidden), Results(config.hidden)  # of attention, of the FFN
 
     def empty_cache(self, kv_heads: int) -> Cache:
@@ -108,13 +111,14 @@ class CompiledShare:
 
 
 class CompiledHead:
-    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding."""
+    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding. `team`: of a share's threads."""
 
-    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, threads: int = 1):
+    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, team: Team | None = None):
+        prepare()
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden
         self._record = np.zeros(1, MATRIX)
         describe(self._record[0], tiles, None)
-        self._work = Work(Team(threads, serve))
+        self._work = Work(team or Team(1, serve))
         self._work.reserve(inputs=tiles.shape[1])
         self._results = Results(tiles.shape[0], rows=8)
 

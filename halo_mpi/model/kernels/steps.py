@@ -5,10 +5,11 @@ split by tiles, all else by rows, heads or blocks, so that every number is compu
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from halo_mpi.model.kernels.attend import attend
 from halo_mpi.model.kernels.compiled import multiply
+from halo_mpi.model.kernels.jit import step
 from halo_mpi.model.kernels.team import part
 from halo_mpi.model.kernels.tiles import CODE_BYTES, TILE_ROWS
 from halo_mpi.model.kernels.vectors import BLOCK, activate_block, floats_at, halves_at, quantize_block, to_half, words_at
@@ -28,7 +29,7 @@ BUFFERS = ("codes", "scale", "total", "wide", "mixed", "result", "scratch")  # f
 WORK = np.dtype([(name, WORD) for name in (*BUFFERS, "scratch_bytes", "board", "threads")])
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def quantize_rows(x, columns, rows, column_tiles, work, thread):
     """f32 [rows, columns] -> int8 codes [rows, 32 * column_tiles] of `work`, their scales and sums; zeros follow the columns."""
     first, last = part(rows * column_tiles, thread, work.threads)
@@ -44,7 +45,7 @@ def quantize_rows(x, columns, rows, column_tiles, work, thread):
         quantize_block(source, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def activate_rows(rows, column_tiles, work, thread):
     """work.wide f32 [rows, gate, up] -> silu(gate) * up as int8 codes [rows, 32 * column_tiles], their scales and sums."""
     neurons = BLOCK * column_tiles
@@ -55,7 +56,7 @@ def activate_rows(rows, column_tiles, work, thread):
         activate_block(gate, gate + 4 * neurons, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def product(matrix, work, y, rows, thread):
     """y [rows, matrix rows] = matrix * the quantized rows, + its bias."""
     first, last = part(matrix.row_tiles, thread, work.threads)
@@ -85,7 +86,7 @@ def product(matrix, work, y, rows, thread):
                 to[column] += added[column]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def result_product(matrix, work, result, rows, hidden, thread):
     """Same, of a matrix whose rows beyond `hidden` are fillers: result [rows, hidden]."""
     stride = matrix.row_tiles * TILE_ROWS
@@ -100,7 +101,7 @@ def result_product(matrix, work, result, rows, hidden, thread):
             to[row, column] = source[row, column]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def rotate(y, dim, cos, sin, scale):
     """Rotary embedding of one head, in place, then times `scale`; cos, sin: of its position."""
     half = dim // 2
@@ -113,7 +114,7 @@ def rotate(y, dim, cos, sin, scale):
         high[i] = (second * real[i] + first * imaginary[i]) * scale
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def put(source, cache, at, dim, half):
     """Copy f32 [dim] to element `at` ... of a cache of f32 or f16."""
     values = carray(floats_at(source), dim)
@@ -127,7 +128,7 @@ def put(source, cache, at, dim, half):
             floats[i] = values[i]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def place_rows(a, y, stride, heads, position, rows, threads, thread):
     """Rotate queries and keys of f32 [rows, stride], `heads` queries first; write keys and values to the cache at `position` ..."""
     head_rows, scale = stride // (heads + 2 * a.kv_heads), np.float32(a.dim**-0.5)
@@ -142,7 +143,7 @@ def place_rows(a, y, stride, heads, position, rows, threads, thread):
             put(values + 4 * a.kv_heads * head_rows, a.values, at, a.dim, a.half)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def mix(a, work, position, rows, thread):
     """work.mixed [rows, heads * head_columns] = what the query heads of work.wide [rows, stride] read in the cache."""
     stride, mixed_stride = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import entry, step
 from halo_mpi.model.kernels.tiles import aligned_bytes
 from halo_mpi.model.kernels.vectors import compiled, words_at
 
@@ -96,7 +97,7 @@ def futex(typing, address, operation, number):
     return compiled(emit, 3)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def meet(board, threads):
     """Wait until all threads are here."""
     if threads == 1:
@@ -112,7 +113,7 @@ def meet(board, threads):
             give_way()
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def call(board, kind, layer, work, x, rows, position, result):
     """Give all others a job: its kind, and the addresses and numbers that it takes."""
     job = carray(words_at(board + 8 * JOB), LINE_WORDS)
@@ -123,7 +124,7 @@ def call(board, kind, layer, work, x, rows, position, result):
         futex(board + 8 * CALLS, WAKE, EVERYBODY)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def await_call(board, calls):
     """Wait until there was another call than these; how many there were."""
     spins, now = 0, seen_at(board + 8 * CALLS)
@@ -141,7 +142,7 @@ def await_call(board, calls):
     return now
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def part(count, thread, threads):
     """First and last + 1 of the things that a thread does."""
     return count * thread // threads, count * (thread + 1) // threads
@@ -161,6 +162,6 @@ class Team:
             quit_call(self.board)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def quit_call(board):
     call(board.ctypes.data, QUIT, 0, 0, 0, 0, 0, 0)
