@@ -10,7 +10,7 @@ from numba import carray
 from halo_mpi.model.kernels.attend import attend
 from halo_mpi.model.kernels.compiled import multiply
 from halo_mpi.model.kernels.jit import step
-from halo_mpi.model.kernels.team import part
+from halo_mpi.model.kernels.team import own
 from halo_mpi.model.kernels.tiles import CODE_BYTES, TILE_ROWS
 from halo_mpi.model.kernels.vectors import BLOCK, activate_block, floats_at, halves_at, quantize_block, to_half, words_at
 
@@ -32,7 +32,7 @@ WORK = np.dtype([(name, WORD) for name in (*BUFFERS, "scratch_bytes", "board", "
 @step
 def quantize_rows(x, columns, rows, column_tiles, work, thread):
     """f32 [rows, columns] -> int8 codes [rows, 32 * column_tiles] of `work`, their scales and sums; zeros follow the columns."""
-    first, last = part(rows * column_tiles, thread, work.threads)
+    first, last = own(rows * column_tiles, thread, work.threads)
     for tile in range(first, last):
         row, column = tile // column_tiles, tile % column_tiles * BLOCK
         source = x + 4 * (row * columns + column)
@@ -49,7 +49,7 @@ def quantize_rows(x, columns, rows, column_tiles, work, thread):
 def activate_rows(rows, column_tiles, work, thread):
     """work.wide f32 [rows, gate, up] -> silu(gate) * up as int8 codes [rows, 32 * column_tiles], their scales and sums."""
     neurons = BLOCK * column_tiles
-    first, last = part(rows * column_tiles, thread, work.threads)
+    first, last = own(rows * column_tiles, thread, work.threads)
     for tile in range(first, last):
         row, column = tile // column_tiles, tile % column_tiles * BLOCK
         gate = work.wide + 4 * (2 * row * neurons + column)
@@ -59,7 +59,7 @@ def activate_rows(rows, column_tiles, work, thread):
 @step
 def product(matrix, work, y, rows, thread):
     """y [rows, matrix rows] = matrix * the quantized rows, + its bias."""
-    first, last = part(matrix.row_tiles, thread, work.threads)
+    first, last = own(matrix.row_tiles, thread, work.threads)
     if last == first:
         return
     stride, start, tile = matrix.row_tiles * TILE_ROWS, first * TILE_ROWS, first * matrix.column_tiles
@@ -94,7 +94,7 @@ def result_product(matrix, work, result, rows, hidden, thread):
         product(matrix, work, result, rows, thread)
         return
     product(matrix, work, work.result, rows, thread)
-    first, last = part(matrix.row_tiles, thread, work.threads)
+    first, last = own(matrix.row_tiles, thread, work.threads)
     to, source = carray(floats_at(result), (rows, hidden)), carray(floats_at(work.result), (rows, stride))
     for row in range(rows):
         for column in range(first * TILE_ROWS, min(hidden, last * TILE_ROWS)):
@@ -132,7 +132,7 @@ def put(source, cache, at, dim, half):
 def place_rows(a, y, stride, heads, position, rows, threads, thread):
     """Rotate queries and keys of f32 [rows, stride], `heads` queries first; write keys and values to the cache at `position` ..."""
     head_rows, scale = stride // (heads + 2 * a.kv_heads), np.float32(a.dim**-0.5)
-    first, last = part(rows * (heads + a.kv_heads), thread, threads)
+    first, last = own(rows * (heads + a.kv_heads), thread, threads)
     for item in range(first, last):
         row, head = item // (heads + a.kv_heads), item % (heads + a.kv_heads)
         angle, values = 4 * (position + row) * (a.dim // 2), y + 4 * (row * stride + head * head_rows)
@@ -149,8 +149,8 @@ def mix(a, work, position, rows, thread):
     stride, mixed_stride = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK
     head_rows, head_columns = stride // (a.heads + 2 * a.kv_heads), mixed_stride // a.heads
     by_rows = rows >= work.threads
-    first_row, last_row = part(rows, thread, work.threads) if by_rows else (0, rows)
-    first_head, last_head = (0, a.heads) if by_rows else part(a.heads, thread, work.threads)
+    first_row, last_row = own(rows, thread, work.threads) if by_rows else (0, rows)
+    first_head, last_head = (0, a.heads) if by_rows else own(a.heads, thread, work.threads)
     runs = carray(words_at(a.runs), (a.kv_heads, 3))
     for run in range(a.kv_heads):
         kv, first, last = runs[run]
