@@ -241,6 +241,16 @@ def test_positions_beyond_the_cache_are_refused():
         share.attention(0, inputs(config, 2), 7)
 
 
+@pytest.mark.parametrize("x", [np.zeros((1, 48)), np.zeros((48, 1), np.float32).T[:, ::2], np.zeros((1, 24), np.float32)])
+def test_other_inputs_are_refused(x):
+    config, heads = SHAPES[0]
+    share = CompiledShare(config, [layer(config, heads)[0]], 8)
+    with pytest.raises((TypeError, ValueError)):
+        share.attention(0, x, 0)
+    with pytest.raises((TypeError, ValueError)):
+        share.ffn(0, x)
+
+
 def test_large_inputs_stay_finite_and_nan_stays_visible():
     config, heads = SHAPES[0]
     share, x = CompiledShare(config, [layer(config, heads)[0]], 8), inputs(config, 3)
@@ -262,6 +272,8 @@ def test_head_scores_tokens_and_embeds_them(vocabulary, hidden, dtype):
         logits = head.logits(x)
         assert logits.shape == (rows, vocabulary)
         assert error(logits, rounded(torch.tensor(x)) @ torch.tensor(weights).T) < 1e-5
+    share = CompiledShare(shape(), [], 8, threads=2)
+    assert same_bits(logits, CompiledHead(tiles, vocabulary, hidden, share.team).logits(x))
     tokens = [3, vocabulary - 1, 0, 3]
     assert np.allclose(head.rows(tokens), weights[tokens], rtol=0, atol=1e-6)
     with pytest.raises(ValueError):

@@ -7,10 +7,11 @@ the same operations in the same order, whatever other rows and heads are there.
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit
+from numba import carray
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import step
 from halo_mpi.model.kernels.vectors import F32, LANES, Lanes, compiled, floats_at, from_half, halves_at
 
 TILE = 32  # positions; with their values 16 KiB at head dimension 64, half of a Cortex-A76's L1
@@ -106,7 +107,7 @@ def mix_few(typing, weights, count, values, stride, state, mixed):
     return compiled(lambda lanes, *values: _emit_mix(lanes, 1, *values), 6)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def copy_tile(cache, first, count, dim, half, tile):
     """Positions from a cache [context, dim] (an address) to a tile [32, dim filled up to 8] of f32, whose columns beyond dim are 0."""
     width = -(-dim // LANES) * LANES
@@ -127,7 +128,7 @@ def copy_tile(cache, first, count, dim, half, tile):
                 to[i, j] = 0
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, half, position, rows, mixed, mixed_stride,
            head_columns, scratch):  # fmt: skip
     """Rows at `position` ..., of neighbouring query heads that share a KV head, whose keys and values [context, dim] include them.
