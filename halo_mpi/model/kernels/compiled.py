@@ -5,7 +5,6 @@ call_product(address, ...)   one of them, from within a function that Numba comp
 multiply(addresses, ...)     any number of tokens, by the functions for 8, 4, 2 and 1 of them
 """
 
-import platform
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,11 +16,15 @@ from numba.extending import intrinsic
 
 from halo_mpi.errors import HaloError
 from halo_mpi.model.kernels.cache import kept
-from halo_mpi.model.kernels.isa import BY_MACHINE, InstructionSet
+from halo_mpi.model.kernels.isa import InstructionSet
+from halo_mpi.model.kernels.processor import Processor, this_processor
 from halo_mpi.model.kernels.products import PARAMETERS, TOKENS, function_name, module
 from halo_mpi.model.kernels.tiles import CODE_BYTES
+from halo_mpi.store.encoding import BLOCK, TILE_ROWS
 
-STRIP_BYTES = 16384  # of codes and scales that all tokens pass over before the next ones: what a first-level cache holds easily
+INT4_BYTES, INT8_BYTES = CODE_BYTES["int4"], CODE_BYTES["int8"]
+SCALE_BYTES = 2 * TILE_ROWS  # of a tile, as Numba wants its constants: plain numbers
+STRIP_BYTES = 65536  # of codes and scales that all tokens pass over before the next ones: stays in any second-level cache
 
 
 class UnsupportedProcessorError(HaloError):
@@ -40,41 +43,43 @@ class Products:
 
 @cache
 def products() -> Products:
-    isa = _instruction_set()
-    if isa is None:
+    processor = this_processor()
+    if not processor.isas:
         raise UnsupportedProcessorError(
-            f"no kernels for this processor ({platform.machine()}): it lacks AVX2 with FMA and F16C, or NEON"
+            f"no kernels for this processor ({processor.name}): it lacks AVX2 with FMA and F16C, or NEON"
         )
-    engine = _loaded(object_code(isa, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()))
-    addresses = {d: np.array([engine.get_function_address(function_name(d, n)) for n in TOKENS], np.int64) for d in CODE_BYTES}
+    isa = processor.isas[0]
+    engine = loaded(object_code(isa, processor))
+    addresses = {dtype: _addresses(engine, dtype) for dtype in CODE_BYTES}
     return Products(isa.name, addresses["int4"], addresses["int8"], engine)
 
 
 def supported() -> str | None:
     """The name of the instruction set that `products` will use; None if this processor has none that fits."""
-    isa = _instruction_set()
-    return isa and isa.name
+    isas = this_processor().isas
+    return isas[0].name if isas else None
 
 
-def _instruction_set() -> InstructionSet | None:
-    features = llvm.get_host_cpu_features()
-    fitting = (isa for isa in BY_MACHINE.get(platform.machine(), ()) if all(features.get(name) for name in isa.features))
-    return next(fitting, None)
+def _addresses(engine: llvm.ExecutionEngine, dtype: str) -> np.ndarray:
+    return np.array([engine.get_function_address(function_name(dtype, tokens)) for tokens in TOKENS], np.int64)
 
 
-def object_code(isa: InstructionSet, processor: str, features: str) -> bytes:
-    """All products for this machine, from the disk or compiled."""
+def object_code(isa: InstructionSet, processor: Processor) -> bytes:
+    """All products for a processor of this machine's kind, from the disk or compiled."""
     source = module(isa)
     version = ".".join(map(str, llvm.llvm_version_info))
-    return kept((processor, features, version, source), lambda: target(None, processor, features).emit_object(parsed(source)))
+
+    def compiled() -> bytes:
+        return target(llvm.get_process_triple(), processor.name, processor.features).emit_object(parsed(source))
+
+    return kept((processor.name, processor.features, version, source), compiled)
 
 
-def target(triple: str | None, processor: str, features: str) -> llvm.TargetMachine:
-    """A compiler for a processor; triple None: of this machine's kind."""
+def target(triple: str, processor: str, features: str) -> llvm.TargetMachine:
+    """A compiler for a processor, in LLVM's words."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    chosen = llvm.Target.from_triple(triple or llvm.get_process_triple())
-    return chosen.create_target_machine(cpu=processor, features=features, opt=3)
+    return llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)
 
 
 def parsed(source: str) -> llvm.ModuleRef:
@@ -83,7 +88,8 @@ def parsed(source: str) -> llvm.ModuleRef:
     return checked
 
 
-def _loaded(code: bytes) -> llvm.ExecutionEngine:
+def loaded(code: bytes) -> llvm.ExecutionEngine:
+    """Object code made executable; the engine owns it and knows the addresses."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine())
@@ -112,9 +118,9 @@ def multiply(addresses, codes, scale, minimum, a, a_scale, a_sum, y, tokens, row
     addresses: int64 [4], `Products.int4` or `.int8`. codes ... y: addresses too, of the first tile, token and so on.
     int8 has no minimum: 0.
     """
-    code_bytes = 256 if minimum else 512
-    tile_bytes = code_bytes + (64 if minimum else 32)
-    step = row_tiles if tokens <= 8 else max(1, STRIP_BYTES // max(1, column_tiles * tile_bytes))
+    code_bytes = INT4_BYTES if minimum else INT8_BYTES
+    tile_bytes = code_bytes + (2 * SCALE_BYTES if minimum else SCALE_BYTES)
+    step = max(1, STRIP_BYTES // max(1, column_tiles * tile_bytes))
     for first in range(0, row_tiles, step):
         down, tile, t = min(step, row_tiles - first), first * column_tiles, 0
         for size in range(3, -1, -1):
@@ -122,12 +128,12 @@ def multiply(addresses, codes, scale, minimum, a, a_scale, a_sum, y, tokens, row
                 call_product(
                     addresses[size],
                     codes + tile * code_bytes,
-                    scale + tile * 32,
-                    minimum + tile * 32,
-                    a + t * column_tiles * 32,
+                    scale + tile * SCALE_BYTES,
+                    minimum + tile * SCALE_BYTES,
+                    a + t * column_tiles * BLOCK,
                     a_scale + t * column_tiles * 4,
                     a_sum + t * column_tiles * 4,
-                    y + (t * y_stride + first * 16) * 4,
+                    y + (t * y_stride + first * TILE_ROWS) * 4,
                     down,
                     column_tiles,
                     y_stride,
