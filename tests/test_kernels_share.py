@@ -107,10 +107,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["int4", "int8"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype, biased", [("int4", True), ("int8", False)])
 @pytest.mark.parametrize("config, heads", SHAPES)
-def test_sums_are_those_of_the_reference(config, heads, biased, dtype):
+def test_sums_are_those_of_the_reference(config, heads, dtype, biased):
     compiled, tensors = layer(config, heads, dtype, biased)
     share, position = CompiledShare(config, [compiled], 256), 0
     references = [

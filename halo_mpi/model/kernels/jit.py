@@ -4,8 +4,8 @@
     entry   is called from Python, and kept on disk
     part    is called by its address, and kept on disk
 
-Numba looks for changes only in the file of an entry, not in those of the steps that are part of it. So all is kept in a folder that is
-named after a checksum of every source here.
+Numba looks for changes only in the file of an entry, not in those of the steps that are part of it. So all is kept in a folder
+that is named after a checksum of every source here.
 """
 
 import hashlib

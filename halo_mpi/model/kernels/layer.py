@@ -3,8 +3,8 @@
     attention   x -> int8 -> qkv -> rotate, append to the cache -> attend -> int8 -> o
     ffn         x -> int8 -> gate, up -> silu(gate) * up -> int8 -> down
 
-Rows go through in chunks of at most 64, whose intermediate values stay in the second-level cache; a row's result does not depend on the
-others'. All threads of a team run the same function, and meet where a step needs what the others made.
+Rows go through in chunks of at most 64, whose intermediate values stay in the second-level cache; a row's result does not
+depend on the others'. All threads of a team run the same function, and meet where a step needs what the others made.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ attention_at, ffn_at, matrix_at, work_at = (_record_at(dtype) for dtype in (ATTE
 
 
 def attention(data, works, x, count, position, result, thread):
-    """result [count, hidden] = what the heads of a layer add, for the normed input x [count, hidden]; appends K and V at `position`."""
+    """result = what a layer's heads add, [count, hidden], for the normed input x [count, hidden]; appends K and V."""
     a, work = carray(attention_at(data), 1)[0], carray(work_at(works), 1)[0]
     board, threads = work.board, work.threads
     stride, mixed = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK

@@ -21,8 +21,8 @@ from halo_mpi.model.layer_weights import Cache, LayerWeights
 class CompiledShare:
     """A rank's heads and neurons of every layer, with the KV cache of those heads; see model/llama.py.
 
-    What is returned is valid until the next call of the same method. Inputs are f32, contiguous and writable. `cache_dtype`: np.float32
-    or np.float16.
+    What is returned is valid until the next call of the same method. Inputs are f32, contiguous and writable.
+    `cache_dtype`: np.float32 or np.float16.
     """
 
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
@@ -81,7 +81,7 @@ class CompiledShare:
 
 
 class CompiledHead:
-    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding. `team`: of a share's threads."""
+    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding. `team`: a share's."""
 
     def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, team: Team | None = None):
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden

@@ -1,7 +1,7 @@
 """The steps of a layer's halves, each on the part of one thread; between steps the threads meet.
 
-What they work on is described by records of addresses and sizes, written once for a layer and its cache. Matrices of 16-row tiles are
-split by tiles, all else by rows, heads or blocks, so that every number is computed by one thread, in one order.
+What they work on is described by records of addresses and sizes, written once for a layer and its cache. Matrices of 16-row
+tiles are split by tiles, all else by rows, heads or blocks, so that every number is computed by one thread, in one order.
 """
 
 import numpy as np
@@ -130,7 +130,7 @@ def put(source, cache, at, dim, half):
 
 @step
 def place_rows(a, y, stride, heads, position, rows, threads, thread):
-    """Rotate queries and keys of f32 [rows, stride], `heads` queries first; write keys and values to the cache at `position` ..."""
+    """Rotate queries and keys of f32 [rows, stride], `heads` queries first; keys and values go to the cache at `position` ..."""
     head_rows, scale = stride // (heads + 2 * a.kv_heads), np.float32(a.dim**-0.5)
     first, last = own(rows * (heads + a.kv_heads), thread, threads)
     for item in range(first, last):

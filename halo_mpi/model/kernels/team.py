@@ -3,8 +3,8 @@
     leader    announce -> meet -> ... -> meet -> returns         the thread that Python called
     others    await_call -> meet -> ... -> meet -> await_call    threads in compiled code all the time
 
-Who waits spins at first: a step takes microseconds, and so must the meeting. Later it gives its core to others, and who had no call
-for milliseconds sleeps until one comes (futex(2), Linux).
+Who waits spins at first: a step takes microseconds, and so must the meeting. Later it gives its core to others, and who had no
+call for milliseconds sleeps until one comes (futex(2), Linux).
 """
 
 import platform
@@ -201,7 +201,7 @@ class Team:
     def run(
         self, function: int, data: int, work: int, x: np.ndarray, position: int, result: np.ndarray, columns: int, made: int
     ) -> None:
-        """Compute a part, given by its address, on all threads: result [T, made] of x [T, columns]; the rest is what the part takes."""
+        """Compute a part, given by its address, on all threads: result [T, made] of x [T, columns]; the rest is its arguments."""
         run(self.board, self.threads, function, data, work, x, columns, position, result, made)
 
     def __del__(self):
