@@ -204,6 +204,8 @@ class Root:
                  patience_s: Callable[[int], float]) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
+        if not link.workers:
+            return {}, set()
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
         own_done = link.waiter.now()
         vigil = Vigil(own_done)
