@@ -15,7 +15,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 
 from bench.load import CACHES, SOURCE, prepare, stored_as
 from bench.modes import Names, Numbers
@@ -25,7 +24,8 @@ from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.engine.loader import Loader
-from halo_mpi.model.llama import Share
+from halo_mpi.model.kernels.choice import make_kernel
+from halo_mpi.model.kernels.kernel import Share
 from halo_mpi.model.loading import share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
@@ -42,14 +42,15 @@ def loading(model: Path, held: float, cold: bool):
     """A share of everything, of whose weights so much stays, and its loader."""
     store, config = ModelStore(model), config_of(model)
     heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
-    layers, parts = share_parts(store, config, heads, groups)
+    kernel = make_kernel("auto", config, store.meta["dtype"], 1)
+    layers, parts = share_parts(store, kernel, heads, groups)
     sizes = [shape_bytes(part.shapes) for part in parts]
     if cold:
         parts = [replace(part, read=partial(read_and_drop, part.read, model)) for part in parts]
     loader = Loader(parts, reside(sizes, int(held * sum(sizes))))
     loader.load()
     try:
-        yield Share(config, layers, CONTEXT), loader
+        yield kernel.share(layers, CONTEXT), loader
     finally:
         loader.close()
         store.close()
@@ -62,7 +63,7 @@ def read_and_drop(read: Callable[[], None], model: Path) -> None:
 
 def token_ms(share: Share, loader: Loader, compute: bool) -> float:
     """One pass over the layers; without computing, their parts are only needed."""
-    x, begin = torch.full((1, share.config.hidden), 0.5), time.perf_counter()
+    x, begin = np.full((1, share.config.hidden), 0.5, np.float32), time.perf_counter()
     for layer in range(share.config.layers):
         for part, product in (
             (2 * layer, lambda: share.attention(layer, x, CONTEXT - 1)),
@@ -148,8 +149,6 @@ def line_of(run: dict) -> str:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @shared_options("minutes", "json", minutes=15)
 def main(source, dtypes, held, repeats, minutes, out) -> int:
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     with stored_as(source, dtypes) as (shape, models):
         results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, rounds=ROUNDS, tokens=TOKENS)
         groups = [

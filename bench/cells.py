@@ -45,16 +45,20 @@ def run_in_lab(scenario: dict, program: list, timeout_s: float, seed: int = 0) -
         return outcome(command, folder, timeout_s + LAB_S)
 
 
-def run_locally(ranks: int, program: list, timeout_s: float) -> dict:
-    """Run `mpirun -n RANKS python -m PROGRAM --json F` on this machine."""
+def run_locally(ranks: int, program: list, timeout_s: float, tree: Path = ROOT, ticks: Path | None = None) -> dict:
+    """Run `mpirun -n RANKS python -m PROGRAM --json F` on this machine, from the checkout `tree`.
+
+    `ticks`: the file for what bench.ticks counts meanwhile.
+    """
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
         folder = Path(name)
-        command = [find_mpirun(), *options, "-n", ranks, sys.executable, "-m", *program, "--json", folder / "report.json"]
-        return outcome(command, folder, timeout_s)
+        start = [ROOT / "bench" / "ticks.py", ticks] if ticks else ["-m"]
+        command = [find_mpirun(), *options, "-n", ranks, sys.executable, *start, *program, "--json", folder / "report.json"]
+        return outcome(command, folder, timeout_s, tree)
 
 
-def outcome(command: list, folder: Path, timeout_s: float) -> dict:
+def outcome(command: list, folder: Path, timeout_s: float, tree: Path = ROOT) -> dict:
     """What became of a command that leaves report.json (and, from a lab, report.lab.json) in the folder. Its output is left there too.
 
     status: ok | stuck (the program gave up itself, with a report) | timeout | failed; error: one line, or None.
@@ -62,7 +66,7 @@ def outcome(command: list, folder: Path, timeout_s: float) -> dict:
     started = time.monotonic()
     began = time.time()
     with open(folder / "stderr", "w+") as errors, open(folder / "stdout", "w") as output:
-        code = _finish(_start(command, output, errors), timeout_s)
+        code = _finish(_start(command, output, errors, tree), timeout_s)
         errors.seek(0)
         lines = [line for line in errors.read().splitlines() if line.strip()]
     report, lab = _read(folder / "report.json"), _read(folder / "report.lab.json")
@@ -78,11 +82,11 @@ def outcome(command: list, folder: Path, timeout_s: float) -> dict:
     return {"status": status, "error": error, "exit_code": code, "began": began, "wall_s": wall_s, "report": report, "lab": lab}
 
 
-def _start(command: list, output, errors) -> subprocess.Popen:
+def _start(command: list, output, errors, tree: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
     pipes = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": errors}
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(list(map(str, command)), cwd=tree, env=environment, start_new_session=True, **pipes)
 
 
 def _finish(process: subprocess.Popen, timeout_s: float) -> int:

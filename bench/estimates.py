@@ -15,7 +15,7 @@ from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
 from bench.tables import Table
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.progress import progress
 from halo_mpi.schedule.cost import KINDS

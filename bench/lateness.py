@@ -14,7 +14,7 @@ from bench.losses import Simulation, Way, stored_layer
 from bench.results import Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
 from bench.tables import Table
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.progress import progress
 from halo_mpi.store.reader import ModelStore
 

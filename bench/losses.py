@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk, rms_norm
-from halo_mpi.model.loading import load_layer
+from halo_mpi.model.whole import load_layer
 from halo_mpi.predict.fits import LowRank
 from halo_mpi.predict.importance import relative_costs
 from halo_mpi.predict.judge import rank_correlation, recall_of_least

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from bench import budget, estimates, fault_schedules, faults, load, moving, placement, quality, scaling, scenes, sorting, stress
-from bench import tpot, tradeoff, unstable
+from bench import budget, estimates, exactness, fault_schedules, faults, load, moving, overhead, placement, quality, rank, scaling
+from bench import scenes, sorting, stress, tpot, tradeoff, unstable
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -79,6 +79,9 @@ KINDS = {
     "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
     "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
+    "rank": Kind("One rank", rank.table),
+    "overhead": Kind("What a token costs beside the products", overhead.table),
+    "exactness": Kind("Rounding of kernels", exactness.table),
     "load": Kind("Start-up and loading", load.table, load.plot),
     "budget": Kind("Less memory than weights", budget.table),
     "dtypes": Kind("Storage dtypes", dtypes_table, dtypes_plot),

@@ -19,6 +19,7 @@ from bench.rounds import conclude, failures, measure
 from bench.shapes import DEMO, SHAPES, config_of, shape_model
 from bench.stats import pairwise, percentile, pooled, samples_of, token_ms
 from bench.tables import Table, number
+from bench.tpot import LOADED_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Case:
 
 CASES = {
     "local": Case("ranks of this machine, no lab"),
+    "wired": Case("ranks as fast as this machine, one host each, on a clean wire", {}),
     "slow-wired": Case("devices that take 2.8 ms for a sync alone, on a clean wire", {}, 2.8),
     "micro-wired": Case("a model so small that a sync takes no time, on a clean wire", {}, 0.0, "micro"),
     "fast-wifi": Case(
@@ -43,7 +45,7 @@ CASES = {
 
 def run_cell(cell: dict, case: Case, model: Path, seconds: float, max_tokens: int, seed: int) -> dict:
     program = generation(model, STRICT, seconds, max_tokens)
-    timeout_s = 60 + 3 * seconds + 5 * cell["ranks"]
+    timeout_s = 60 + 3 * seconds + 5 * cell["ranks"] + 2 * config_of(model).parameters / LOADED_PER_S
     if case.scenario is None:
         return run_locally(cell["ranks"], program, timeout_s)
     scenario = {**case.scenario, "hosts": cell["ranks"], "pace_ms": case.device_ms / cell["ranks"]}

@@ -18,7 +18,7 @@ from bench.results import Results, run_benchmark, shared_options
 from bench.shapes import config_of, model_options
 from bench.tables import Table
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.engine.calibration import WIDTH
 from halo_mpi.predict.progress_files import ProgressFiles

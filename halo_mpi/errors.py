@@ -40,6 +40,18 @@ class DiskFullError(HaloError):
     """The disk does not hold what is to be written."""
 
 
+class RanksLostError(HaloError):
+    """Ranks are gone, and the others cannot go on without them; another start can. `ranks`: whose message nobody waits for."""
+
+    def __init__(self, message: str, ranks: set[int], exit_code: int = EXIT_FAILED):
+        super().__init__(message)
+        self.ranks, self.exit_code = ranks, exit_code
+
+    def on(self, hosts: list[str] | None) -> "RanksLostError":
+        """The same, with the names of the hosts."""
+        return self
+
+
 def describe(error: BaseException, verbose: bool) -> str:
     """The one line for the user about any failure; with `verbose` the traceback was shown before it."""
     if isinstance(error, HaloError):

@@ -11,8 +11,11 @@ from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.options import Size, default_run
 from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import sizes_of
 from halo_mpi.model.shapes import SHAPES
+from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.devices import read_devices
+from halo_mpi.store.encoding import DTYPES
 from halo_mpi.schedule.shown import as_json, losses_as_json, print_plan
 
 EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo"
@@ -23,6 +26,7 @@ EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan -
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="A known model's shape instead, whose weights are not needed.")
 @click.option("--devices", "file", type=click.Path(path_type=Path),
               help="Plan for the devices of this JSON file, without MPI. Default: those that this runs on are measured.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(DTYPES), help="With --devices: of the weights. Default: the model's; of a shape, int4.")
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the KV cache must hold.")
 @click.option("--memory", type=Size(),
               help="Most memory for weights and KV cache of one rank, e.g. 800M; what it does not hold is planned to be read from disk at "
@@ -31,13 +35,13 @@ EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan -
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
 @click.pass_obj
-def plan(comm, model: Path | None, shape: str | None, file: Path | None, context: int, memory: int | None, threads: int | None,
-         wanted: bool, verbose: bool) -> None:  # fmt: skip
+def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: str | None, context: int, memory: int | None,
+         threads: int | None, wanted: bool, verbose: bool) -> None:  # fmt: skip
     """Show who would compute what, why, and the time per token that strict mode would take.
 
     The devices are measured in about a second, or read from a file: {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"}, {"name":
     "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "loss": 0.02}]}, the root first; speed in GB/s of weights that a
-    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction. With "read_gbps", GB/s of f32
+    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction. With "read_gbps", GB/s of
     weights that its disk gives, a device may get more than its memory holds.
     """
     from halo_mpi.schedule.advice import advise
@@ -50,12 +54,14 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, context
             raise UsageError("--shape needs --devices FILE: what is measured are devices that have the model")
         if file and memory:
             raise UsageError("--memory is for devices that are measured; in the file, each has its own")
+        if dtype and not file:
+            raise UsageError("--dtype is for --devices; measured is what the model has")
 
     if file:
         check()
-        config = SHAPES[shape] if shape else _config_of(model)
-        context = min(context, config.context)
-        cluster, work = read_devices(file, config, context), Work.of(config, context)
+        sizes = sizes_of(SHAPES[shape], dtype or "int4") if shape else _sizes_of_model(model, dtype)
+        config, context = sizes.config, min(context, sizes.config.context)
+        cluster, work = read_devices(file, sizes, context), Work.of(sizes, context)
         advice = advise(cluster, work, calibrated=False)
     else:
         from halo_mpi.engine.agreement import together
@@ -68,7 +74,7 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, context
         cluster = measure(session)
         session.disconnect()
         config = session.config
-        work = Work.of(config, min(context, config.context))
+        work = Work.of(session.kernel.sizes, min(context, config.context))
         advice = session.on_root(lambda: advise(cluster, work, bool(session.store.meta.get("calibration"))))
         if not session.is_root:
             return
@@ -78,10 +84,11 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, context
         print_plan(config, cluster, work, advice)
 
 
-def _config_of(model: Path) -> ModelConfig:
+def _sizes_of_model(model: Path, dtype: str | None) -> Sizes:
     from halo_mpi.store.reader import ModelStore
 
-    return ModelConfig.from_dict(ModelStore(model).meta["config"])
+    meta = ModelStore(model).meta
+    return sizes_of(ModelConfig.from_dict(meta["config"]), dtype or meta["dtype"])
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from halo_mpi.engine.root import Root
 from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.reference import ReferenceShare
-from halo_mpi.model.loading import load_layer
+from halo_mpi.model.kernels.choice import make_kernel
+from halo_mpi.model.loading import share_parts
 from halo_mpi.model.norms import load_norms
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.store.reader import ModelStore
@@ -118,6 +118,8 @@ class Simulation:
         stalls: list[list[float]],
         context: int,
         keeps: bool | None = None,
+        kernel: str = "reference",
+        cache: str = "f32",
     ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
@@ -127,6 +129,7 @@ class Simulation:
         boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [
             Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
         ]
+        self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1, cache)
         self.holdings = [self._holdings(store, plan, rank, ranks, context) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):
@@ -141,7 +144,7 @@ class Simulation:
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
-        norms, vocabulary = load_norms(store, config), HeldVocabulary(store, config)
+        norms, vocabulary = load_norms(store, config), HeldVocabulary(store, self.kernel)
         keeps = sync.mode == "relaxed" if keeps is None else keeps
         note = self.notes.append
         self.root = root = Root(
@@ -154,13 +157,16 @@ class Simulation:
 
     def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)
-        layers = [load_layer(store, self.config, layer, heads[layer], groups[layer]) for layer in range(self.config.layers)]
-        return Holdings(store, ReferenceShare(self.config, layers, context), heads, groups, ranks)
+        layers, parts = share_parts(store, self.kernel, heads, groups)
+        for part in parts:
+            part.make_room()
+            part.read()
+        return Holdings(store, self.kernel, self.kernel.share(layers, context), heads, groups, ranks)
 
     def text(self, ids: list[int], prefill: int) -> np.ndarray:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""
-        first = [self.root.prefill(ids[:prefill])] if prefill else []
-        return np.stack(first + [self.root.step(token, position) for position, token in enumerate(ids) if position >= prefill])
+        first = [self.root.prefill(ids[:prefill]).copy()] if prefill else []
+        return np.stack(first + [self.root.step(token, position).copy() for position, token in enumerate(ids) if position >= prefill])
 
     def end(self, rank: int) -> None:
         """A worker's process ends now."""

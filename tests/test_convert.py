@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.sources import open_source
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore, RecordFile

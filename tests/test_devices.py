@@ -8,6 +8,7 @@ import pytest
 from halo_mpi.errors import InputError
 from halo_mpi.model.shapes import SHAPES
 from halo_mpi.schedule.cost import Cluster, Device
+from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.devices import read_devices
 from halo_mpi.schedule.losses import Loss, losses_of_one, most_lost
 from halo_mpi.schedule.shares import Work, best_shares
@@ -26,7 +27,7 @@ def devices_file(folder, content):
 
 
 def test_a_file_of_devices(tmp_path):
-    cluster = read_devices(devices_file(tmp_path, DEVICES), SMOLLM2, 512)
+    cluster = read_devices(devices_file(tmp_path, DEVICES), Sizes(SMOLLM2), 512)
     root, worker = cluster.devices[0], cluster.devices[3]
     assert len(cluster.devices) == 4 and root.memory == 6 * 2**30 and worker.memory is None
     assert root.ffn_ms == pytest.approx(4 * 3 * 576 * 1536 / 8e6) and worker.ffn_ms == pytest.approx(4 * root.ffn_ms)
@@ -60,7 +61,7 @@ def test_a_file_of_devices(tmp_path):
 )
 def test_a_wrong_file_of_devices_is_told(tmp_path, content, part):
     with pytest.raises(InputError, match=re.escape(str(tmp_path)) + ".*" + part):
-        read_devices(devices_file(tmp_path, content), SMOLLM2, 512)
+        read_devices(devices_file(tmp_path, content), Sizes(SMOLLM2), 512)
 
 
 def test_hundreds_of_devices_and_a_model_that_is_not_on_disk(tmp_path):
@@ -83,10 +84,11 @@ def test_what_plan_prints_as_json_is_a_file_of_devices(tmp_path):
 
 def test_what_is_read_is_shown_and_read_again(tmp_path):
     content = {"devices": [{"speed": 8}, {"speed": 8, "memory": "200M", "read_gbps": 4}]}
-    options = ("--shape", "tinyllama", "--devices", devices_file(tmp_path, content))
+    shape = ("--shape", "tinyllama", "--dtype", "f32")
+    options = (*shape, "--devices", devices_file(tmp_path, content))
     table = succeed(halo(1, "plan", *options)).out
     first = succeed(halo(1, "plan", *options, "--json")).out
-    again = succeed(halo(1, "plan", "--shape", "tinyllama", "--devices", devices_file(tmp_path, first), "--json")).out
+    again = succeed(halo(1, "plan", *shape, "--devices", devices_file(tmp_path, first), "--json")).out
     planned = json.loads(first)
     chosen = planned["options"][planned["chosen"]]
     assert planned == json.loads(again) and planned["devices"][1]["read_gbps"] == 4
@@ -100,7 +102,7 @@ def cluster_of(*workers: Device) -> Cluster:
 
 def test_without_a_device_a_token_takes_what_the_others_take():
     slow, fast = Device("slow", 20, 20, link_ms=0.1), Device("fast", 5, 5, link_ms=0.1)
-    work = Work.of(SMOLLM2, 512)
+    work = Work.of(Sizes(SMOLLM2), 512)
     losses = losses_of_one(cluster_of(slow, fast, slow), work)
     assert [loss.ranks for loss in losses] == [(1, 3), (2,)]
     assert losses[1].tpot_ms == pytest.approx(best_shares(cluster_of(slow, slow), work).cost.tpot_ms)
@@ -108,7 +110,7 @@ def test_without_a_device_a_token_takes_what_the_others_take():
 
 
 def test_so_many_may_be_lost_as_the_others_memory_holds():
-    work = Work.of(SMOLLM2, 512)
+    work = Work.of(Sizes(SMOLLM2), 512)
     root = Device("root", 20, 20, memory=200 * 2**20)
     workers = [Device("pi", 20, 20, link_ms=0.1, memory=size * 2**20) for size in (150, 150, 150, 400)]
     assert most_lost(Cluster([root, *workers]), work) == 1
@@ -119,7 +121,7 @@ def test_so_many_may_be_lost_as_the_others_memory_holds():
 
 
 def test_a_shard_that_only_one_disk_holds_is_missed():
-    work, half = Work.of(SMOLLM2, 512), Device("pi", 20, 20, link_ms=0.1, disk_heads=4, disk_groups=6)
+    work, half = Work.of(Sizes(SMOLLM2), 512), Device("pi", 20, 20, link_ms=0.1, disk_heads=4, disk_groups=6)
     losses = losses_of_one(Cluster([Device("root", 20, 20, disk_heads=5, disk_groups=6), half]), work)
     assert losses == [Loss((1,), None)]
 
@@ -129,5 +131,6 @@ def test_a_shard_that_only_one_disk_holds_is_missed():
 )
 def test_plan_tells_what_a_loss_would_mean(tmp_path, memory, line):
     content = {"devices": [{"speed": 8, "memory": memory}, {"speed": 4, "memory": "1500M", "count": 2}]}
-    options = ("--shape", "tinyllama", "--devices", devices_file(tmp_path, content))
+    shape = ("--shape", "tinyllama", "--dtype", "f32")
+    options = (*shape, "--devices", devices_file(tmp_path, content))
     assert line in " ".join(succeed(halo(1, "plan", *options)).out.split())

@@ -16,7 +16,9 @@ from halo_mpi.engine.loader import Loader
 from halo_mpi.errors import DamagedFileError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights
-from halo_mpi.model.loading import load_layer, share_parts
+from halo_mpi.model.kernels.reference import Reference
+from halo_mpi.model.loading import share_parts
+from halo_mpi.model.whole import load_layer
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import SLOTS, reside
 from halo_mpi.store.reader import ModelStore
@@ -52,7 +54,7 @@ def loading(model, heads, groups, budget, read=lambda part, read: read()):
     store = ModelStore(model)
     config = ModelConfig.from_dict(store.meta["config"])
     expected = [load_layer(store, config, layer, heads, groups) for layer in range(config.layers)]
-    layers, parts = share_parts(store, config, [heads] * config.layers, [groups] * config.layers)
+    layers, parts = share_parts(store, Reference(config), [heads] * config.layers, [groups] * config.layers)
     sizes = [shape_bytes(part.shapes) for part in parts]
     parts = [replace(part, read=partial(read, number, part.read)) for number, part in enumerate(parts)]
     loader = Loader(parts, reside(sizes, None if budget is None else int(budget * sum(sizes))))

@@ -8,7 +8,7 @@ from bench.estimates import alone, ways_of, workers_of
 from bench.losses import Simulation, Way, stored_layer
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, rms_norm
-from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.model.whole import load_layer, load_trunk
 from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind

@@ -177,8 +177,8 @@ def test_changes_survive_the_wire():
 def test_old_weights_are_let_go_of(deep):
     simulation = Simulation(deep, RANKS, STRICT, QUICK, NO_STALL, CONTEXT, keeps=True)
     held = simulation.holdings[1]
-    store, config = simulation.store, simulation.config
-    layers, parts = share_parts(store, config, held.heads, held.groups)
+    store = simulation.store
+    layers, parts = share_parts(store, held.kernel, held.heads, held.groups)
     loader = Loader(parts, reside([shape_bytes(part.shapes) for part in parts], None))
     loader.load()
     del parts

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.shapes import SHAPES
-from halo_mpi.model.sizes import cache_bytes, head_shapes, part_shapes, shape_bytes, trunk_bytes
+from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.advice import advise
 from halo_mpi.schedule.cost import Cluster, Device, Reads, sync_cost, token_cost
 from halo_mpi.schedule.placement import make_plan
@@ -66,7 +66,7 @@ def test_no_other_shares_are_much_faster(devices, memory, read_gbps, heads, grou
 
 def test_shares_are_in_proportion_to_speed():
     cluster = Cluster([Device("pi5", 4, 8), *[Device("pi4", 12, 24)] * 3])
-    shares = best_shares(cluster, Work.of(SHAPES["llama-2-7b"], 512))
+    shares = best_shares(cluster, Work.of(Sizes(SHAPES["llama-2-7b"]), 512))
     assert shares.heads == (17, 5, 5, 5) or sorted(shares.heads) == [5, 5, 6, 16]
     assert shares.groups[0] == pytest.approx(43, abs=1) and max(shares.groups[1:]) - min(shares.groups[1:]) <= 1
 
@@ -74,38 +74,38 @@ def test_shares_are_in_proportion_to_speed():
 def test_a_root_that_cannot_hold_the_vocabulary_is_told():
     devices = [Device("pi", 2, 2, memory=10 * 2**20), Device("server", 2, 2)]
     with pytest.raises(MemoryBudgetError, match="the root's memory, 10 MiB, does not hold"):
-        best_shares(Cluster(devices), Work.of(SMOLLM2, 512))
+        best_shares(Cluster(devices), Work.of(Sizes(SMOLLM2), 512))
 
 
 def test_shares_that_fit_evenly_are_never_refused():
     config = ModelConfig("Llama-3-8B shape", 32, 4096, 32, 8, 128, 14336, 128256, 8192, 1e-5, 5e5)
-    work = Work.of(config, 8192)
+    work = Work.of(Sizes(config), 8192)
     heads, groups = [list(range(4))] * 32, [list(range(14))] * 32
-    weights, cache = sum(map(shape_bytes, part_shapes(config, heads, groups))), cache_bytes(config, heads, 8192)
+    weights, cache = sum(map(shape_bytes, Sizes(config).parts(heads, groups))), Sizes(config).cache_bytes(heads, 8192)
     devices = [Device("pi", 10, 10, memory=weights + cache + (work.root_bytes if rank == 0 else 0)) for rank in range(8)]
     assert max(best_shares(Cluster(devices), work).heads) == 4
 
 
 def test_disks_limit_the_shares():
     devices = [Device("pi", 10, 10), Device("pi", 1, 1, disk_heads=2, disk_groups=0), Device("pi", 10, 10)]
-    shares = best_shares(Cluster(devices), Work.of(SMOLLM2, 512))
+    shares = best_shares(Cluster(devices), Work.of(Sizes(SMOLLM2), 512))
     assert shares.heads[1] == 2 and shares.groups[1] == 0
 
 
 def test_the_one_fast_device_is_found_behind_the_slower_link():
     devices = [Device("pi", 40, 80), *[Device("slow", 400, 800, link_ms=0.4)] * 15, Device("fast", 4, 8, link_ms=0.5)]
-    shares = best_shares(Cluster(devices, 0.0, 0.3), Work.of(SHAPES["llama-2-7b"], 512))
+    shares = best_shares(Cluster(devices, 0.0, 0.3), Work.of(Sizes(SHAPES["llama-2-7b"]), 512))
     assert shares.heads[16] > 25 and sum(1 for own in shares.groups if own) <= 2
 
 
 def test_a_worker_behind_a_slow_link_gets_nothing_if_its_share_would_hold_everybody_up():
     near, far = Device("near", 2, 2, link_ms=0.1), Device("far", 2, 2, link_ms=50)
-    shares = best_shares(Cluster([replace(near, link_ms=0), near, far]), Work.of(SMOLLM2, 512))
+    shares = best_shares(Cluster([replace(near, link_ms=0), near, far]), Work.of(Sizes(SMOLLM2), 512))
     assert shares.heads[2] == shares.groups[2] == 0 and min(shares.heads[:2]) >= 4
 
 
 def test_with_so_little_memory_that_all_are_needed_all_get_something():
-    work = Work.of(SMOLLM2, 512)
+    work = Work.of(Sizes(SMOLLM2), 512)
     each = (work.bytes_of(work.heads, work.groups) + 2 * work.kv_bytes) / 3
     devices = [Device(str(rank), 2, 2, link_ms=50 * rank, memory=int(1.1 * each)) for rank in range(3)]
     devices[0] = replace(devices[0], memory=devices[0].memory + work.root_bytes)
@@ -118,12 +118,12 @@ def test_with_so_little_memory_that_all_are_needed_all_get_something():
 @pytest.mark.parametrize("counts", [((9, 0), (12, 0)), ((3, 6), (7, 5)), ((0, 9), (6, 6))])
 def test_memory_is_counted_as_it_is_taken(counts):
     """Of neighbouring heads, with at most one KV head more than they may need."""
-    work = Work.of(SMOLLM2, 100)
+    work = Work.of(Sizes(SMOLLM2), 100)
     for heads, groups in zip(*counts):
         own = [list(range(heads))] * 30, [list(range(groups))] * 30
-        weights, cache = sum(map(shape_bytes, part_shapes(SMOLLM2, *own))), cache_bytes(SMOLLM2, own[0], 100)
+        weights, cache = sum(map(shape_bytes, Sizes(SMOLLM2).parts(*own))), Sizes(SMOLLM2).cache_bytes(own[0], 100)
         assert 0 <= work.bytes_of(heads, groups) - weights - cache <= work.kv_bytes
-    assert work.root_bytes == trunk_bytes(SMOLLM2) == 4 * 576 * 49152
+    assert work.root_bytes == Sizes(SMOLLM2).vocabulary_bytes() == 4 * 576 * 49152
 
 
 @pytest.mark.parametrize("heads, groups", [(9, 12), (3, 4), (0, 12)])
@@ -131,11 +131,11 @@ def test_memory_is_counted_as_it_is_taken(counts):
 @pytest.mark.parametrize("held", [0.3, 0.6, 0.9])
 def test_what_is_read_is_what_does_not_stay(heads, groups, is_root, held):
     """Up to one part, since parts stay as a whole."""
-    work, own = Work.of(SMOLLM2, 100), [list(range(heads))] * 30
-    sizes = [*map(shape_bytes, part_shapes(SMOLLM2, own, [list(range(groups))] * 30))]
-    cache = cache_bytes(SMOLLM2, own, 100)
+    work, own = Work.of(Sizes(SMOLLM2), 100), [list(range(heads))] * 30
+    sizes = [*map(shape_bytes, Sizes(SMOLLM2).parts(own, [list(range(groups))] * 30))]
+    cache = Sizes(SMOLLM2).cache_bytes(own, 100)
     if is_root:
-        sizes += [shape_bytes(head_shapes(SMOLLM2, block)) for block in range(12)]
+        sizes += [shape_bytes(Sizes(SMOLLM2).head(block)) for block in range(12)]
     budget = int(held * sum(sizes))
     residence = reside(sizes, budget)
     found = reading_of(Device("pi", 1, 1, memory=budget + cache, read_gbps=0.5), work, is_root, heads, groups)
@@ -158,7 +158,7 @@ def test_a_share_takes_as_long_as_computing_or_reading():
 @pytest.mark.parametrize("gbps, least, most", [(20.0, 9, 14), (2.0, 3, 8), (0.1, 0, 2), (None, 0, 2)])
 def test_a_device_with_little_memory_gets_what_its_disk_can_give(gbps, least, most):
     shape = SHAPES["tinyllama"]
-    work = Work.of(shape, 512)
+    work = Work.of(Sizes(shape), 512)
     little = work.bytes_of(0, 2) + (0 if gbps is None else 2 * work.bytes_of(0, 15) // work.layers)
     devices = [Device("pi", 12, 24), *[Device("pi", 12, 24, link_ms=0.2)] * 2]
     shares = best_shares(Cluster([*devices, Device("small", 12, 24, 0, 0.2, memory=little, read_gbps=gbps)]), work)
@@ -166,7 +166,7 @@ def test_a_device_with_little_memory_gets_what_its_disk_can_give(gbps, least, mo
 
 
 def test_reading_makes_shares_possible_that_memory_does_not_hold():
-    work = Work.of(SMOLLM2, 512)
+    work = Work.of(Sizes(SMOLLM2), 512)
     devices = [Device("pi", 2, 2, memory=150 * 2**20)] * 2
     with pytest.raises(MemoryBudgetError, match="or read from disk: generate --memory"):
         best_shares(Cluster(devices), work)
@@ -188,7 +188,7 @@ def test_a_sync_waits_for_the_longest_share_and_for_repairs():
 
 
 def test_small_differences_change_nothing_and_large_ones_do():
-    work = Work.of(SMOLLM2, 512)
+    work = Work.of(Sizes(SMOLLM2), 512)
     even = advise(Cluster([Device("pi", 10, 10), *[Device("pi", 10.5, 10.5, link_ms=0.1)] * 3]), work, False)
     hot = advise(Cluster([Device("pi", 10, 10), *[Device("pi", 10, 10)] * 2, Device("hot", 40, 40)]), work, False)
     assert even.chosen == "even" and hot.chosen == "measured"
@@ -197,7 +197,7 @@ def test_small_differences_change_nothing_and_large_ones_do():
 
 def test_the_plan_takes_the_measured_shares_and_gives_what_matters_least_to_the_unstable():
     devices = [Device("pi", 10, 10)] * 2 + [Device("bad", 10, 10, late_rate=0.3, late_ms=0.1), Device("hot", 40, 40)]
-    advice = advise(Cluster(devices), Work.of(SMOLLM2, 512), True)
+    advice = advise(Cluster(devices), Work.of(Sizes(SMOLLM2), 512), True)
     plan = make_plan(SMOLLM2, "auto", disks(SMOLLM2, 4, 4), found_by_calibration(), advice)
     assert plan.name == "measured" and advice.unstable == (2,)
     for rank in range(4):
@@ -208,7 +208,7 @@ def test_the_plan_takes_the_measured_shares_and_gives_what_matters_least_to_the_
 
 def test_a_disk_without_the_shard_keeps_a_rank_from_its_measured_share():
     available = disks(SMOLLM2, 2, 2, lambda rank, shard: rank == shard)
-    advice = advise(Cluster([Device("pi", 10, 10), Device("hot", 100, 100)]), Work.of(SMOLLM2, 512), False)
+    advice = advise(Cluster([Device("pi", 10, 10), Device("hot", 100, 100)]), Work.of(Sizes(SMOLLM2), 512), False)
     plan = make_plan(SMOLLM2, "auto", available, None, advice)
     assert set(plan.groups(1)[0]) == available[1]["ffn"]
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share
-from halo_mpi.model.loading import load_layer, load_trunk
+from halo_mpi.model.whole import load_layer, load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.predict.judge import rank_correlation, recall_of_least
 from halo_mpi.predict.layer import grams_of, norms

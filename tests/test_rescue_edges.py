@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from halo_mpi.engine import rescue
 from halo_mpi.errors import HaloError
 from halo_mpi.schedule.placement import Plan
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, Simulation
@@ -195,3 +196,13 @@ def test_who_waits_for_ever_waits_for_those_that_load_too(deep, expected):
     simulation.clock.wait = long_wait
     at_sync(simulation, {20: [lambda: simulation.end(2)]})
     assert same(simulation.text(IDS, 0), expected)
+
+
+def test_who_answers_kicks_and_never_does_its_part_is_given_up(deep, expected, monkeypatch):
+    monkeypatch.setattr(rescue, "MOST_S", 1.0)
+    simulation = simulated(deep)
+    worker = simulation.workers[2]
+    at_sync(simulation, {25: [lambda: setattr(worker, "turn", lambda: worker._link.hear())]})  # its disk hangs
+    assert same(simulation.text(IDS, 0), expected)
+    assert any("rank 2 is suspended: it answers, but did not do its part" in note for note in simulation.notes)
+    assert simulation.root.crew.lost() == {2}

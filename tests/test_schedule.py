@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import shard_index, split_evenly
-from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
+from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.memory import BASE_BYTES, Need, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 
@@ -174,7 +174,7 @@ def test_a_plan_survives_the_trip_through_json():
 
 def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
     from halo_mpi.model.llama import Share
-    from halo_mpi.model.loading import load_layer
+    from halo_mpi.model.whole import load_layer
     from halo_mpi.store.reader import ModelStore
 
     store = ModelStore(tiny)
@@ -182,9 +182,9 @@ def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
     heads, groups = [[0, 2, 3], [1]], [[0, 2], []]
     layers = [load_layer(store, config, layer, heads[layer], groups[layer]) for layer in range(2)]
     share = Share(config, layers, 40)
-    parts = list(map(shape_bytes, part_shapes(config, heads, groups)))
+    parts = list(map(shape_bytes, Sizes(config).parts(heads, groups)))
     assert [parts[0] + parts[1], parts[2] + parts[3]] == [layer.nbytes for layer in layers] and parts[3] == 0
-    assert cache_bytes(config, heads, 40) == sum(keys.nbytes + values.nbytes for keys, values in share.kv)
+    assert Sizes(config).cache_bytes(heads, 40) == sum(keys.nbytes + values.nbytes for keys, values in share.kv)
 
 
 def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None, machine=None):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halo_mpi.model.shapes import SHAPES
-from halo_mpi.model.sizes import cache_bytes, part_shapes, shape_bytes
+from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.cost import KINDS, Cluster, Device
 from halo_mpi.schedule.moving import moved, room
 from halo_mpi.schedule.placement import changed_keys, make_plan, without_ends
@@ -19,7 +19,7 @@ from halo_mpi.wire.messages import Kind
 from tests.test_schedule import SMOLLM2, disks, found_by_calibration
 
 pytestmark = pytest.mark.timeout(60)
-WORK = Work.of(SHAPES["smollm2-135m"], 512)
+WORK = Work.of(Sizes(SHAPES["smollm2-135m"]), 512)
 ALIKE = Cluster([Device("pi1", 3, 6), *[Device(f"pi{number}", 3, 6, link_ms=0.2) for number in (2, 3, 4)]])
 EVEN = [2, 2, 2, 3], [3, 3, 3, 3]
 ALL = disks(SMOLLM2, 4, 4)
@@ -236,7 +236,7 @@ def test_nothing_of_the_first_and_last_layer_is_on_the_unstable():
 def test_what_is_left_of_memory_is_counted_by_rank():
     plan = make_plan(SMOLLM2, "even", ALL)
     assert room(plan, SMOLLM2, ALIKE, WORK) is None
-    taken = sum(map(shape_bytes, part_shapes(SMOLLM2, plan.query_heads(2), plan.groups(2))))
-    taken += cache_bytes(SMOLLM2, plan.query_heads(2), WORK.context)
+    taken = sum(map(shape_bytes, Sizes(SMOLLM2).parts(plan.query_heads(2), plan.groups(2))))
+    taken += Sizes(SMOLLM2).cache_bytes(plan.query_heads(2), WORK.context)
     assert room(plan, SMOLLM2, with_device(2, memory=taken + 7), WORK) == 7
     assert room(plan, SMOLLM2, with_device(2, memory=taken - 7), WORK) == -7

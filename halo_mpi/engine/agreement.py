@@ -32,11 +32,12 @@ def warn(message: str) -> None:
     complain(f"warning: {message}")
 
 
-def together(comm: MPI.Comm, step: Callable[[], T], verbose: bool = False) -> T:
+def together(comm: MPI.Comm, step: Callable[[], T], verbose: bool = False, patient: bool = False) -> T:
     """Run `step` on every rank (collective) and return its result.
 
     Raises AgreedError on every rank if `step` raised a HaloError on any. The root prints before anyone leaves, since
-    mpirun ends all ranks as soon as one exits with an error. With `verbose` the ranks that failed show their tracebacks.
+    mpirun ends all ranks as soon as one exits with an error. With `verbose` the ranks that failed show their tracebacks. `patient`: some
+    may take much longer for it than others. Raises MissingError if a rank is silent for too long.
     """
     result, failure = None, None
     try:
@@ -45,12 +46,12 @@ def together(comm: MPI.Comm, step: Callable[[], T], verbose: bool = False) -> T:
         if verbose:
             traceback.print_exc()
         failure = {"rank": comm.rank, "host": socket.gethostname(), "message": str(error), "code": error.exit_code}
-    failures = [failure for failure in gather(comm, failure) if failure]
+    failures = [failure for failure in gather(comm, failure, patient) if failure]
     verdict = None
     if failures:
         verdict = {"message": _summary(failures, comm.size), "code": max(failure["code"] for failure in failures)}
         complain(verdict["message"])
-    verdict = broadcast(comm, verdict)
+    verdict = broadcast(comm, verdict, patient)
     if verdict:
         raise AgreedError(verdict["message"], verdict["code"])
     return result

@@ -12,7 +12,7 @@ from halo_mpi.engine.machine import peak_memory, share_cores
 from halo_mpi.engine.prompts import read_text
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import load_trunk
+from halo_mpi.model.whole import load_trunk
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.rewrite import write_calibrated
@@ -33,7 +33,7 @@ class Calibration:
     def __init__(self, comm, model: Path, threads: int | None, verbose: bool):
         self._comm, self._verbose = comm, verbose
         torch.set_grad_enabled(False)
-        share_cores(comm, threads)
+        torch.set_num_threads(share_cores(comm, threads)[2])
         self._store = self._together(lambda: ModelStore(model.resolve()))  # a link stays one
         require_equal(comm, f"model in {model}", self._store.version, "copy one version of it to all hosts")
         self._config = self._together(lambda: ModelConfig.from_dict(self._store.meta["config"]))
@@ -48,7 +48,7 @@ class Calibration:
             return windows({path.name: read_text(path) for path in paths or SHIPPED}, tokenizer, tokens, window).tolist()
 
         cut_ = self._together(lambda: cut() if self._comm.rank == 0 else None)
-        self._windows = np.array(broadcast(self._comm, cut_), np.int32)
+        self._windows = np.array(broadcast(self._comm, cut_, patient=True), np.int32)
         self._texts = [path.name for path in paths or SHIPPED]
 
     def run(self, sensitivity_tokens: int, unit: int) -> tuple[dict, int] | None:
@@ -71,7 +71,7 @@ class Calibration:
             *_, sensitivities = self._progress(steps, config.layers + 1, "measuring layers")
         found = self._together(lambda: self._write(files, unit, sensitivities) if comm.rank == 0 else None)
         files.remove()
-        peaks = gather(comm, peak_memory())
+        peaks = gather(comm, peak_memory(), patient=True)
         return (found, max(peaks)) if comm.rank == 0 else None
 
     def _write(self, files: ProgressFiles, unit: int, sensitivities: np.ndarray | None) -> dict:
@@ -83,7 +83,7 @@ class Calibration:
         return found
 
     def _together(self, step):
-        return together(self._comm, step, self._verbose)
+        return together(self._comm, step, self._verbose, patient=True)
 
     def _progress(self, steps, total: int, label: str):
         return progress(steps, total, label, shown=self._comm.rank == 0)

@@ -118,7 +118,7 @@ class Crew:
         return {
             rank
             for rank in workers
-            if now - self.waiting_since(rank, now) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
+            if now - self.waiting_since(rank) > self._outage_s + 2 * self._link.peers[rank].deadline.usual_s
         }
 
     def computing_s(self, rank: int, kind: Kind, layer: int, rows: int, own_s: float) -> float:
@@ -213,10 +213,9 @@ class Crew:
         self._link.probe(rank)
         self._note(f"rank {rank} {why}: going on without it")
 
-    def waiting_since(self, rank: int, now: float) -> float:
+    def waiting_since(self, rank: int) -> float:
         """Since when the root knows nothing of a worker from which it wants something."""
-        peer = self._link.peers[rank]
-        return max(peer.heard_at, next(iter(peer.asked_at.values()), now))
+        return max(self._link.peers[rank].heard_at, self._link.asked_since(rank))
 
     def begin_text(self, wait_for_all: bool) -> None:
         """A new text: nobody lacks anything of it. Whoever is gone stays so; but who is silent, if all are to be waited for."""

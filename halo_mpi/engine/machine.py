@@ -5,12 +5,12 @@ import platform
 import resource
 import socket
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from mpi4py import MPI
 
-from halo_mpi.wire.exchange import broadcast, gather
+from halo_mpi.wire.exchange import broadcast, gather, name_hosts
 
 
 def this_machine() -> str:
@@ -22,12 +22,13 @@ def this_machine() -> str:
     return f"{socket.gethostname()} {boot_id}"
 
 
-def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int]:
-    """Give torch `threads`, or this rank's part of the cores (collective); every rank's host, and how many ranks are on this one."""
+def share_cores(comm: MPI.Comm, threads: int | None) -> tuple[list[str], int, int]:
+    """Every rank's host, how many ranks are on this one, and this rank's threads: `threads`, or its part of the cores (collective)."""
     machines = broadcast(comm, gather(comm, this_machine()))
     here = machines.count(this_machine())
-    torch.set_num_threads(threads or max(1, _cores() // here))
-    return [machine.partition(" ")[0] for machine in machines], here
+    hosts = [machine.partition(" ")[0] for machine in machines]
+    name_hosts(comm, hosts)
+    return hosts, here, threads or max(1, _cores() // here)
 
 
 def _cores() -> int:
@@ -52,4 +53,4 @@ def mpi_name() -> str:
 
 
 def machine_name() -> str:
-    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {version('torch')}"

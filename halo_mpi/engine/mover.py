@@ -20,7 +20,6 @@ from halo_mpi.engine.holdings import Holdings, new_kv_heads
 from halo_mpi.engine.predictor import Predictor
 from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.sizes import layer_bytes
 from halo_mpi.schedule.placement import Change, Plan, changed_keys
 from halo_mpi.wire.messages import PLANS, TEXT_ROWS, rows_text, text_rows
 from halo_mpi.wire.root_link import Peer, RootLink
@@ -143,7 +142,7 @@ class Mover:
         held, context = np.zeros(self._link.ranks, int), self._holdings.share.context
         own = [(self._aim.query_heads(rank), self._aim.groups(rank)) for rank in range(self._link.ranks)]
         for layer in np.flatnonzero((query != self._aim.query).any(1) | (ffn != self._aim.ffn).any(1)).tolist():
-            held += [layer_bytes(self._config, heads[layer], groups[layer], context) for heads, groups in own]
+            held += [self._holdings.sizes.layer_bytes(heads[layer], groups[layer], context) for heads, groups in own]
             if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from halo_mpi.model.kernels.choice import KERNELS
 from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import WIRES
 
@@ -53,6 +54,8 @@ class RunOptions:
 
     model: Path
     sync: SyncOptions
+    kernel: str
+    cache: str
     placement: str
     moves: bool
     memory: int | None  # bytes per rank, weights and KV cache; what they do not hold is read at every token
@@ -118,6 +121,12 @@ _OPTIONS = (
     click.option("--calibration/--no-calibration", default=True, show_default=True,
                  help="relaxed: predict importance and late answers by what `halo-mpi calibrate` found, if the model was calibrated. "
                       "--placement auto goes by it in any case."),
+    click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True,
+                 help="What multiplies. llvm: code compiled for this processor, for int4 and int8 models. reference: torch in f32, exact "
+                      "and slow. auto: llvm where it works."),
+    click.option("--cache", type=click.Choice(["auto", "f32", "f16"]), default="auto", show_default=True,
+                 help="Numbers of the KV cache. f16 takes half the memory, and half the reading in long texts. auto: f16, but f32 with "
+                      "--kernel reference."),
     click.option("--placement", default="auto", show_default=True, metavar="auto|even|importance|root-attention|FILE",
                  help="Who computes what. auto: devices and links are measured at start, in about a second, and get the shares with "
                       "which a token takes least time, or even ones if that is within a tenth (see `halo-mpi plan`). importance: even "

@@ -38,12 +38,12 @@ def measure(session: Session) -> Cluster | None:
         "name": session.host,
         "memory": budget if reads else free,
         "read_gbps": session.together(
-            lambda: read_gbps(store, session.config, session.comm.rank, session.comm.size) if reads else None
+            lambda: read_gbps(store, session.kernel, session.comm.rank, session.comm.size) if reads else None
         ),
         "disk_heads": len(session.store.entries("query")),
         "disk_groups": len(session.store.entries("ffn")),
     }
-    return measure_cluster(session.comm, session.config, session.marks, session.link, about)
+    return measure_cluster(session.comm, session.kernel, session.marks, session.link, about)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
     def decide() -> Plan:
         nonlocal basis
         found = session.store.meta.get("calibration")
-        work = Work.of(config, session.context, _root_extra(session))
+        work = Work.of(session.kernel.sizes, session.context, _root_extra(session))
         try:
             advice = advise(cluster, work, bool(found)) if cluster else None
         except MemoryBudgetError:
@@ -75,7 +75,7 @@ def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
             basis = Basis(cluster, work, advice)
-            plan = ends_spared(plan, advice.unstable, config, cluster, work, available)
+            plan = ends_spared(plan, advice.unstable, session.kernel.sizes, cluster, work, available)
             session.scheduler = as_json(config, cluster, work, advice)
             _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
         return plan

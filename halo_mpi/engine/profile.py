@@ -7,19 +7,18 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import together
 from halo_mpi.engine.marks import Marks
-from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.reference import ReferenceShare as Share
-from halo_mpi.model.llama import LayerWeights, runs_of
+from halo_mpi.model.kernels.kernel import Kernel, Share
+from halo_mpi.model.kernels.tiles import aligned_bytes
+from halo_mpi.model.layer_weights import LayerWeights, runs_of
 from halo_mpi.model.records import split_evenly
+from halo_mpi.model.sizes import Shape, Shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
-from halo_mpi.wire.exchange import broadcast, gather
+from halo_mpi.wire.exchange import broadcast, gather, meet
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
 
@@ -35,12 +34,12 @@ LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
 
 def measure_cluster(
-    comm: MPI.Comm, config: ModelConfig, marks: Marks, link: RootLink | WorkerLink, about: dict
+    comm: MPI.Comm, kernel: Kernel, marks: Marks, link: RootLink | WorkerLink, about: dict
 ) -> Cluster | None:
     """The devices by rank, on the root (collective). `about`: the fields of this rank's Device that are known."""
-    comm.Barrier()  # all begin together, and slow one another down as they will later
-    computing = together(comm, lambda: Computing(config, comm.size, marks))
-    head_ms = _head_ms(config) if comm.rank == 0 else 0.0
+    meet(comm)  # all begin together, and slow one another down as they will later
+    computing = together(comm, lambda: Computing(kernel, comm.size, marks))
+    head_ms = _head_ms(kernel) if comm.rank == 0 else 0.0
     devices = gather(comm, {**about, **computing.found})
     trials = gather(comm, computing.trial_ms)
     computing.usual_ms = broadcast(comm, np.median(trials, axis=0).tolist() if comm.rank == 0 else None)
@@ -50,8 +49,8 @@ def measure_cluster(
         return None
     if not link.workers:
         return Cluster([Device(**devices[0])], head_ms=head_ms)
-    links, further_ms = _links(link, config.hidden)
-    sync_ms = _busy_ms(link, config.hidden, computing, trials, links) - further_ms * (len(links) - 1)
+    links, further_ms = _links(link, kernel.sizes.config.hidden)
+    sync_ms = _busy_ms(link, kernel.sizes.config.hidden, computing, trials, links) - further_ms * (len(links) - 1)
     found = [Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)]
     return Cluster(found, max(0.0, sync_ms), further_ms, head_ms)
 
@@ -62,13 +61,14 @@ class Computing:
     `usual_ms`: the same, the median of all ranks.
     """
 
-    def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
+    def __init__(self, kernel: Kernel, ranks: int, marks: Marks):
+        sizes, config = kernel.sizes, kernel.sizes.config
         x = np.full((1, config.hidden), 0.5, np.float32)
         self._marks, self._calls = marks, 0
         kinds = (
-            ("attention_ms", config.heads, 16 * config.hidden * config.head_dim, lambda heads: _sample(config, heads, 0),
+            ("attention_ms", config.heads, shape_bytes(sizes.attention([0])), lambda heads: _sample(kernel, heads, 0),
              lambda share, layer: share.attention(layer, x, SAMPLE_CONTEXT - 1)),
-            ("ffn_ms", config.groups, 12 * config.hidden * config.group_size, lambda groups: _sample(config, 0, groups),
+            ("ffn_ms", config.groups, shape_bytes(sizes.ffn([0])), lambda groups: _sample(kernel, 0, groups),
              lambda share, layer: share.ffn(layer, x)),
         )  # fmt: skip
         self.found, self.trial_ms, self.usual_ms, self._trials, fixed = {}, [], [], [], []
@@ -115,30 +115,30 @@ class Computing:
         return [float(np.median(taken[1:])) for taken in times]  # the first warms up
 
 
-def _sample(config: ModelConfig, heads: int, groups: int) -> Share:
+def _sample(kernel: Kernel, heads: int, groups: int) -> Share:
     """A share with so many heads and groups of as many layers as fill SAMPLE_BYTES, without meaning."""
-    kv_heads, runs = runs_of(list(range(heads)), config.heads_per_kv)
-    hidden, dim, neurons = config.hidden, config.head_dim, groups * config.group_size
+    runs = runs_of(list(range(heads)), kernel.sizes.config.heads_per_kv)[1]
+    shapes = kernel.sizes.attention(list(range(heads))) | kernel.sizes.ffn([0] * groups)
+    layers = min(kernel.sizes.config.layers, 1 + SAMPLE_BYTES // max(1, shape_bytes(shapes)))
+    return kernel.share([LayerWeights(runs=runs, **_matrices(kernel, shapes)) for _ in range(layers)], SAMPLE_CONTEXT)
 
-    def weights(rows: int, columns: int) -> torch.Tensor:
-        return torch.full((rows, columns), 1 / max(1, columns))
 
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            weights((heads + 2 * len(kv_heads)) * dim, hidden), None, weights(hidden, heads * dim), runs,
-            weights(2 * neurons, hidden), None, weights(hidden, neurons),
-        )  # fmt: skip
-
-    first = layer()
-    layers = min(config.layers, 1 + SAMPLE_BYTES // max(1, first.nbytes))
-    return Share(config, [first, *(layer() for _ in range(layers - 1))], SAMPLE_CONTEXT)
+def _matrices(kernel: Kernel, shapes: Shapes) -> dict[str, object]:
+    """Of numbers that take as long to multiply as any others, each in memory of its own."""
+    matrices = {}
+    for name, shape in shapes.items():
+        memory = aligned_bytes(shape.nbytes)
+        memory.view(np.float16).fill(0.01)
+        matrices[name] = kernel.make(shape, memory)
+    return matrices
 
 
 class OneGroup:
     """One FFN group of several layers, by which a rank that has no work tells how fast it is."""
 
-    def __init__(self, config: ModelConfig, ranks: int, marks: Marks):
-        self._share, self._x = _sample(config, 0, 1), np.full((1, config.hidden), 0.5, np.float32)
+    def __init__(self, kernel: Kernel, ranks: int, marks: Marks):
+        config = kernel.sizes.config
+        self._share, self._x = _sample(kernel, 0, 1), np.full((1, config.hidden), 0.5, np.float32)
         self._even_share, self._marks = ranks / config.groups, marks
 
     def usual_s(self) -> float:
@@ -186,13 +186,15 @@ def _busy_ms(link: RootLink, width: int, computing: Computing, trials: list[list
     return float(np.median(over))
 
 
-def _head_ms(config: ModelConfig) -> float:
+def _head_ms(kernel: Kernel) -> float:
     """What the vocabulary takes, from some of its rows."""
-    rows = max(1, min(config.vocabulary, SAMPLE_BYTES // (4 * config.hidden)))
-    head, x = torch.full((rows, config.hidden), 0.5), torch.full((1, config.hidden), 0.5)
+    whole = kernel.sizes.table()
+    rows = max(1, min(whole.dims[0], SAMPLE_BYTES * whole.dims[0] // whole.nbytes))
+    shape = Shape((rows, whole.dims[1]), whole.dtype)
+    head, x = kernel.head(_matrices(kernel, {"rows": shape})["rows"], rows), np.full((1, whole.dims[1]), 0.5, np.float32)
     times = []
     for _ in range(HEAD_TIMES):
         begin = time.perf_counter()
-        F.linear(x, head)
+        head.logits(x)
         times.append((time.perf_counter() - begin) * 1e3)
-    return float(np.median(times)) * config.vocabulary / rows
+    return float(np.median(times)) * whole.dims[0] / rows

@@ -4,15 +4,17 @@ import time
 from itertools import product
 from math import gcd
 
-from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.kernel import Kernel
+from halo_mpi.model.loading import fill
+from halo_mpi.model.sizes import Shape
 from halo_mpi.store.reader import ModelStore
 
 READ_S = 0.1
 TOGETHER = 4  # neighbouring records, which a disk gives faster than scattered ones
 
 
-def read_gbps(store: ModelStore, config: ModelConfig, rank: int, ranks: int) -> float | None:
-    """GB/s of f32 weights, read and decoded as the loader does it, for READ_S; None if there are none on this disk.
+def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float | None:
+    """GB/s of weights as they are in memory, read and copied or decoded as the loader does it, for READ_S; None if this disk has none.
 
     Each record is read once, from places spread over the layers and others on every rank, so that on a Pi that has not yet used the model
     the disk answers. Records that the page cache holds come faster, several times where the disk is slow: the figure then is that of
@@ -21,7 +23,10 @@ def read_gbps(store: ModelStore, config: ModelConfig, rank: int, ranks: int) -> 
     table = next((name for name in ("ffn", "query") if store.entries(name)), None)
     if table is None:
         return None
-    layout, entries = store.layout(table), sorted(store.entries(table))
+    config, layout, entries = kernel.sizes.config, store.layout(table), sorted(store.entries(table))
+    parts = [part for part in layout.parts.values() if not part.name.endswith(".bias")]
+    matrices = {part.name: Shape((part.rows, part.columns), kernel.sizes.dtype) for part in parts}
+    rooms = {name: kernel.make(shape) for name, shape in matrices.items()}
     runs = [entries[first : first + TOGETHER] for first in range(0, len(entries), TOGETHER)]
     first_layer, first_run = rank * config.layers // ranks, rank * len(runs) // ranks
     far = _step(config.layers)
@@ -30,7 +35,9 @@ def read_gbps(store: ModelStore, config: ModelConfig, rank: int, ranks: int) -> 
         layer = (first_layer + step * far) % config.layers
         for entry in runs[(first_run + step + turn) % len(runs)]:
             record = store.read(table, layer, entry)
-            weights += sum(layout.unpack(record, name).copy().nbytes for name in layout.parts)
+            for name, shape in matrices.items():
+                fill(rooms[name], slice(0, shape.dims[0]), slice(0, shape.dims[1]), layout, record, name)
+                weights += shape.nbytes
         if time.perf_counter() - begin > READ_S:
             break
     return weights / (time.perf_counter() - begin) / 1e9

@@ -7,7 +7,7 @@ import numpy as np
 
 from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.mover import Mover
-from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.moving import ends_spared, moved, room
 from halo_mpi.schedule.placement import Disks, Plan, changed_keys
@@ -28,10 +28,10 @@ class Replacer:
     `note` is told of every move, `phase` when one begins.
     """
 
-    def __init__(self, config: ModelConfig, cluster: Cluster, work: Work, unstable: tuple[int, ...], disks: Disks,
+    def __init__(self, sizes: Sizes, cluster: Cluster, work: Work, unstable: tuple[int, ...], disks: Disks,
                  calibration: dict | None, mover: Mover, crew: Crew, link: RootLink, note: Callable[[str], None],
                  phase: Callable[[str], None]):  # fmt: skip
-        self._config, self._work, self._disks, self._calibration = config, work, disks, calibration
+        self._sizes, self._config, self._work, self._disks, self._calibration = sizes, sizes.config, work, disks, calibration
         self._mover, self._crew, self._link, self._note, self._phase = mover, crew, link, note, phase
         self._telemetry = Telemetry(cluster)
         self._watch = Watch(work, calibration is not None, unstable)
@@ -77,13 +77,13 @@ class Replacer:
         if target := self._watch.look(cluster, self._heads, self._groups, now):
             self._begin(cluster, target)
         elif self._aim and not self._crew.done_without():  # it was given up halfway
-            self._move_to(self._aim, room(self._aim, self._config, cluster, self._work), "it was begun")
+            self._move_to(self._aim, room(self._aim, self._sizes, cluster, self._work), "it was begun")
 
     def _begin(self, cluster: Cluster, target: Target) -> None:
         shares, unstable = target.advice.shares, target.advice.unstable
         plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
-        plan = ends_spared(plan, unstable, self._config, cluster, self._work, self._disks)
-        left = room(plan, self._config, cluster, self._work)
+        plan = ends_spared(plan, unstable, self._sizes, cluster, self._work, self._disks)
+        left = room(plan, self._sizes, cluster, self._work)
         if not changed_keys(self._plan, plan):
             self._aim = None
             return

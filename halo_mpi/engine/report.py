@@ -43,7 +43,10 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         },
         "ranks": session.comm.size,
         "mpi": mpi_name(),
-        "kernel": "reference",
+        "kernel": session.kernel.name,
+        "isa": session.kernel.isa,
+        "threads": session.kernel.threads,
+        "cache": session.kernel.sizes.cache_dtype,
         "placement": session.root.mover.plan.name,
         "sync": {
             "mode": sync.mode,

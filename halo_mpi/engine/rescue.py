@@ -11,11 +11,11 @@ import numpy as np
 
 from halo_mpi.engine.crew import Crew, WorkersGone
 from halo_mpi.engine.mover import Mover, Refused
-from halo_mpi.errors import HaloError
+from halo_mpi.errors import RanksLostError
 from halo_mpi.schedule.placement import Disks, Plan, changed_keys
 from halo_mpi.wire.root_link import RootLink
 
-MOST_S = 600.0  # that loading for others may take
+MOST_S = 600.0  # that loading for others may take, and a worker's part of a sync if it says that it is there
 STOPPED_S = 0.2  # between two looks at the messages: this process was stopped
 LEAST = 0.01  # of a head or group: what a rank without work counts as having, when work is dealt to those that are left
 
@@ -54,13 +54,17 @@ class Rescue:
     def look(self, waited_for: set[int], since: float, patience_s: Callable[[int], float]) -> None:
         """Whether somebody who is waited for `since` then says nothing for longer than `silent_s` and `patience_s` of the worker.
 
-        Raises WorkersGone then.
+        Or answers kicks, but has not done its part for `MOST_S`: its disk hangs. Raises WorkersGone then.
         """
         crew, link, now = self._crew, self._link, self._link.waiter.now()
         if not self.silent_s or now - since < self.silent_s / 2:
             return
         for rank in waited_for - crew.done_without():
-            silent_s = now - max(since, crew.waiting_since(rank, now))
+            if now - max(since, link.asked_since(rank)) > MOST_S + patience_s(rank):
+                link.failures.setdefault(rank, f"it answers, but did not do its part in {MOST_S:.0f} s; check its disk")
+                crew.notice()
+                raise WorkersGone
+            silent_s = now - max(since, crew.waiting_since(rank))
             if silent_s < self.silent_s / 2:
                 continue
             if not link.peers[rank].kicks_in_flight:  # whoever is busy hears a kick while it waits for its weights
@@ -73,7 +77,7 @@ class Rescue:
         """Give the work of everybody who is not there to the others, before the token at `position`; whether the caches hold
         all of the text before it then.
 
-        Raises HaloError if they cannot take it: no shard, no memory.
+        Raises RanksLostError if they cannot take it: no shard, no memory.
         """
         begin, refusals, heads, taken = self._link.waiter.now(), {}, self._mover.plan.query, set()
         self._phase("re-placement")
@@ -81,11 +85,11 @@ class Rescue:
             taken |= gone
             try:
                 plan = dealt_to_others(self._mover.plan, gone, self._crew.done_without() | refusals.keys(), self._disks)
-            except HaloError as error:
+            except RanksLostError as error:
                 if not refusals:
                     raise
                 last = list(refusals.values())[-1]
-                raise Refused(last.rank, f"{error} ({last})", last.exit_code) from error
+                raise RanksLostError(f"{error} ({last})", gone, last.exit_code) from error
             try:
                 if refusal := self._at_once(plan, position, epoch):
                     refusals[refusal.rank] = refusal
@@ -158,14 +162,16 @@ class Rescue:
             if self._crew.notice() or self._ask_who_is_there(missing, vigil.since, 2 * self.silent_s):
                 raise WorkersGone
             if now - begin > MOST_S and self.silent_s:
-                raise HaloError(f"the ranks that are left could not load the work of those that are gone in {MOST_S:.0f} s")
+                raise RanksLostError(
+                    f"the ranks that are left could not load the work of those that are gone in {MOST_S:.0f} s", set()
+                )
             link.waiter.wait()
 
 
 def dealt_to_others(plan: Plan, gone: set[int], takers_not: set[int], disks: Disks) -> Plan:
     """The plan with what the `gone` have dealt to all but `takers_not`, to each as much as fits what it has.
 
-    Raises HaloError if there is something that nobody else's disk holds.
+    Raises RanksLostError if there is something that nobody else's disk holds.
     """
     tables = []
     for name, what, table in (("query", "query head", plan.query), ("ffn", "FFN group", plan.ffn)):
@@ -177,9 +183,10 @@ def dealt_to_others(plan: Plan, gone: set[int], takers_not: set[int], disks: Dis
                 takers = [rank for rank, disk in enumerate(disks) if rank not in takers_not | gone and entry in disk[name]]
                 if not takers:
                     lost = ", ".join(map(str, sorted(gone)))
-                    raise HaloError(
+                    raise RanksLostError(
                         f"rank {lost} is gone, and nobody who is left can take its work over: no disk with the shard of {what} {entry}, "
-                        "or no memory; copy all shards to more hosts, or run on more"
+                        "or no memory; copy all shards to more hosts, or run on more",
+                        gone,
                     )
                 taker = min(takers, key=lambda rank: ((held[rank] + 1) / max(usual[rank], LEAST), rank))
                 row[entry] = taker

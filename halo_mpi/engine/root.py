@@ -27,7 +27,7 @@ from halo_mpi.engine.replacer import Replacer
 from halo_mpi.engine.rescue import Rescue, Vigil
 from halo_mpi.engine.vocabulary import Vocabulary
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.norms import Norms, rms_norm
+from halo_mpi.model.norms import Norms
 from halo_mpi.predict.fits import SINKS
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
@@ -70,17 +70,17 @@ class Root:
         self.computed_tokens = 0
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them."""
+        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them, valid until the next call."""
         for start in range(0, len(tokens), PREFILL_ROWS):
             x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x[-1:])[0]
 
     def step(self, token: int, position: int) -> np.ndarray:
-        """Compute one token at `position`; logits f32 [V] for the next."""
+        """Compute one token at `position`; logits f32 [V] for the next, valid until the next call."""
         return self.steps([token], position)[0]
 
     def steps(self, tokens: list[int], position: int) -> np.ndarray:
-        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each.
+        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each, valid until the next call.
 
         What was computed from `position` on before, of guesses that were wrong, is forgotten.
         """
@@ -148,7 +148,7 @@ class Root:
               decoding: bool) -> np.ndarray:  # fmt: skip
         """One sync: the residual vectors x [T, D] plus the partial sums of all ranks, added in rank order."""
         begin = time.perf_counter()
-        normed = rms_norm(x, norms[layer], self._config.norm_eps)
+        normed = self._holdings.kernel.norm(x, norms[layer], self._config.norm_eps)
         self._sums.next_sync()
         at = self._without.at = 2 * layer + (kind == Kind.FFN)
         if decoding:
@@ -291,6 +291,6 @@ class Root:
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        logits = self._vocabulary.logits(rms_norm(x, self._norms.final, self._config.norm_eps))
+        logits = self._vocabulary.logits(self._holdings.kernel.norm(x, self._norms.final, self._config.norm_eps))
         self.compute_s += time.perf_counter() - start
         return logits

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mpi4py import MPI
 
+from halo_mpi.engine import stage
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.last_words import device_of, last_words
@@ -33,11 +34,12 @@ from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import EXIT_DONE, EXIT_LOST
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
 from halo_mpi.store.reader import ModelStore
-from halo_mpi.wire.exchange import ROOT, broadcast, gather
+from halo_mpi.wire.exchange import ROOT, broadcast, duplicate, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
@@ -63,18 +65,20 @@ class Session:
         self.marks = Marks.from_environment(comm.rank)
         sharpen_timers()
         self.run = self._with_roots_options(run)
-        self.hosts, self.ranks_on_host = share_cores(comm, self.run.threads)
+        self.hosts, self.ranks_on_host, threads = share_cores(comm, self.run.threads)
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
+        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache))
+        self.together(self.kernel.prepare, patient=True)
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 
     def on_root(self, step: Callable[[], T]) -> T | None:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
         return self.together(lambda: step() if self.is_root else None)
 
-    def together(self, step: Callable[[], T]) -> T:
-        return together(self.comm, step, self.run.verbose)
+    def together(self, step: Callable[[], T], patient: bool = False) -> T:
+        return together(self.comm, step, self.run.verbose, patient)
 
     def load(self, context: int | None) -> None:
         """Connect, plan, check memory and begin to load this rank's share (collective); `context`: the root's longest text."""
@@ -127,12 +131,13 @@ class Session:
         else:
             weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
             self.worker = Worker(self.link, weights.holdings, self.marks)
+        stage.work_begins()
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
-        copies = comm.Dup() if sync.copies and self.ranks_on_host < comm.size else None
+        copies = duplicate(comm) if sync.copies and self.ranks_on_host < comm.size else None
         peers = workers if self.is_root else [ROOT]
         mailbox = self._mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         if self.is_root:
@@ -198,7 +203,7 @@ class Session:
         root, advice = self.root, basis.advice
         first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
         calibration = self.store.meta.get("calibration")
-        return Replacer(self.config, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
+        return Replacer(self.kernel.sizes, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
                         self.event, self.marks.phase)  # fmt: skip
 
     @property
@@ -268,7 +273,6 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
-        shared = broadcast(
-            self.comm, {name: getattr(run, name) for name in ("placement", "moves", "memory", "threads", "load_first", "verbose")}
-        )
+        names = ("kernel", "cache", "placement", "moves", "memory", "threads", "load_first", "verbose")
+        shared = broadcast(self.comm, {name: getattr(run, name) for name in names})
         return replace(run, sync=sync, **shared)

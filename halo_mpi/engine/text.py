@@ -82,7 +82,7 @@ def complete(session: Session, prompt: Prompt, write: Callable[[str], None], che
 
 
 def tokens_after(root: Root, text: list[int], longest: int, sampler: Sampler, ends: set[int], guesser: Guesser,
-            counts: PassCounts) -> Iterator[tuple[int, dict, float]]:  # fmt: skip
+                 counts: PassCounts) -> Iterator[tuple[int, dict, float]]:  # fmt: skip
     """The tokens that follow a text, each with the sampler's state after it and the seconds that it took, until one `ends` it.
 
     A pass computes the last token and guesses of those to come. Tokens are chosen one after the other as without guesses, with the same

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.loading import HeadBlock, load_vocabulary, read_vocabulary
-from halo_mpi.model.records import VOCABULARY_BLOCK
+from halo_mpi.model.kernels.kernel import Head, Kernel
+from halo_mpi.model.loading import HeadBlock, fill_vocabulary
+from halo_mpi.model.records import VOCABULARY_BLOCK, vocabulary_blocks
 from halo_mpi.store.reader import ModelStore
 
 
@@ -22,22 +20,17 @@ class Vocabulary(Protocol):
         """The residual vectors f32 [T, D] with which tokens begin. Raises DamagedFileError."""
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """f32 [T, V] for the normed residual vectors x [T, D]. Raises DamagedFileError."""
+        """f32 [T, V] for the normed residual vectors x [T, D]; valid until the next call. Raises DamagedFileError."""
 
 
 class HeldVocabulary:
     """All in memory."""
 
-    def __init__(self, store: ModelStore, config: ModelConfig):
-        self._embedding = load_vocabulary(store, config, "embedding")
-        self._head = self._embedding if config.tied else load_vocabulary(store, config, "head")
-        self.nbytes = self._embedding.nbytes * (1 if config.tied else 2)
-
-    def embed(self, tokens: list[int]) -> np.ndarray:
-        return self._embedding[tokens].numpy()
-
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        return F.linear(torch.from_numpy(x), self._head).numpy()
+    def __init__(self, store: ModelStore, kernel: Kernel):
+        self._embedding = load_table(store, kernel, "embedding")
+        self._head = self._embedding if kernel.sizes.config.tied else load_table(store, kernel, "head")
+        self.embed, self.logits = self._embedding.rows, self._head.logits
+        self.nbytes = kernel.sizes.vocabulary_bytes()
 
 
 class ReadVocabulary:
@@ -45,21 +38,35 @@ class ReadVocabulary:
 
     nbytes = 0
 
-    def __init__(self, store: ModelStore, config: ModelConfig, blocks: list[HeadBlock], need: Callable[[int], None], first: int):
-        self._store, self._config, self._blocks, self._need, self._first = store, config, blocks, need, first
+    def __init__(self, store: ModelStore, kernel: Kernel, blocks: list[HeadBlock], need: Callable[[int], None], first: int):
+        self._store, self._kernel, self._blocks, self._need, self._first = store, kernel, blocks, need, first
+        self._sizes = [kernel.sizes.head(number)["rows"] for number in range(len(blocks))]
 
     def embed(self, tokens: list[int]) -> np.ndarray:
-        x = np.empty((len(tokens), self._config.hidden), np.float32)
+        config = self._kernel.sizes.config
+        x = np.empty((len(tokens), config.hidden), np.float32)
         for block in {token // VOCABULARY_BLOCK for token in tokens}:
-            rows = read_vocabulary(self._store, self._config, "embedding", block)
-            for place, token in enumerate(tokens):
-                if token // VOCABULARY_BLOCK == block:
-                    x[place] = rows[token % VOCABULARY_BLOCK]
+            matrix = self._kernel.make(self._sizes[block])
+            fill_vocabulary(self._store, config, "embedding", block, matrix, 0)
+            places = [place for place, token in enumerate(tokens) if token // VOCABULARY_BLOCK == block]
+            x[places] = self._head(matrix, block).rows([tokens[place] % VOCABULARY_BLOCK for place in places])
         return x
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         pieces = []
         for number, block in enumerate(self._blocks):
             self._need(self._first + number)
-            pieces.append(F.linear(torch.from_numpy(x), block.rows).numpy())
+            pieces.append(self._head(block.rows, number).logits(x))
         return np.concatenate(pieces, -1)
+
+    def _head(self, matrix, block: int) -> Head:
+        return self._kernel.head(matrix, self._sizes[block].dims[0])
+
+
+def load_table(store: ModelStore, kernel: Kernel, table: str) -> Head:
+    """The whole embedding or head."""
+    config = kernel.sizes.config
+    matrix = kernel.make(kernel.sizes.table())
+    for block in range(vocabulary_blocks(config)):
+        fill_vocabulary(store, config, table, block, matrix, block * VOCABULARY_BLOCK)
+    return kernel.head(matrix, config.vocabulary)

@@ -12,10 +12,9 @@ from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.vocabulary import HeldVocabulary, ReadVocabulary, Vocabulary
-from halo_mpi.model.kernels.reference import ReferenceShare as Share
 from halo_mpi.model.loading import Part, head_parts, share_parts
 from halo_mpi.model.norms import Norms, load_norms
-from halo_mpi.model.sizes import cache_bytes, shape_bytes, trunk_bytes
+from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.memory import Need, available_bytes, check_memory
 from halo_mpi.schedule.residence import Residence, reside
 from halo_mpi.wire.exchange import gather
@@ -37,22 +36,23 @@ class Weights:
     loader: Loader | None = None
 
     def __init__(self, session: Session, loaded: Callable[[], None]):
-        store, config, run, is_root = session.store, session.config, session.run, session.is_root
+        store, config, kernel, run, is_root = session.store, session.config, session.kernel, session.run, session.is_root
         heads, groups = session.plan.query_heads(session.comm.rank), session.plan.groups(session.comm.rank)
-        layers, parts = share_parts(store, config, heads, groups)
-        trunk, beside, cache = trunk_bytes(config) if is_root else 0, 0, cache_bytes(config, heads, session.context)
+        layers, parts = share_parts(store, kernel, heads, groups)
+        vocabulary, beside = kernel.sizes.vocabulary_bytes() if is_root else 0, 0
+        cache = kernel.sizes.cache_bytes(heads, session.context)
         if is_root:
             cache += session.kept_bytes
         if is_root and run.sync.mode == "relaxed":
             beside = predictor_bytes(store, config, session.plan, session.uses_calibration)
         budget = None if run.memory is None else run.memory - beside - cache
-        room = None if run.memory is None else run.memory - beside - trunk - (session.kept_bytes if is_root else 0)
-        residence, blocks = _reside(parts, None if budget is None else budget - trunk), []
+        room = None if run.memory is None else run.memory - beside - vocabulary - (session.kept_bytes if is_root else 0)
+        residence, blocks = _reside(parts, None if budget is None else budget - vocabulary), []
         if is_root and residence.streamed_bytes:
-            blocks, head = head_parts(store, config)
-            parts, trunk = [*parts, *head], 0
+            blocks, head = head_parts(store, kernel)
+            parts, vocabulary = [*parts, *head], 0
             residence = _reside(parts, budget)
-        _check(session, residence.nbytes + trunk + beside, cache)
+        _check(session, residence.nbytes + vocabulary + beside, cache)
 
         def begin() -> None:
             with enough_memory():
@@ -60,16 +60,16 @@ class Weights:
                 if is_root:
                     self.norms = load_norms(store, config)
                     if blocks:
-                        self.vocabulary = ReadVocabulary(store, config, blocks, self.loader.need, 2 * config.layers)
+                        self.vocabulary = ReadVocabulary(store, kernel, blocks, self.loader.need, 2 * config.layers)
                     else:
-                        self.vocabulary = HeldVocabulary(store, config)
+                        self.vocabulary = HeldVocabulary(store, kernel)
                 if run.load_first:
                     self.loader.load()
-                share = Share(config, layers, session.context)
-                self.holdings = Holdings(store, share, heads, groups, session.comm.size, self.loader, room)
+                share = kernel.share(layers, session.context)
+                self.holdings = Holdings(store, kernel, share, heads, groups, session.comm.size, self.loader, room)
 
         try:
-            session.together(begin)
+            session.together(begin, patient=run.load_first)
         except AgreedError:
             self.close()
             raise
@@ -82,11 +82,11 @@ class Weights:
 
     def to_dict(self) -> dict:
         """For the report's device."""
-        residence, trunk = self.loader.residence, self.vocabulary.nbytes if self.vocabulary else 0
-        whole = trunk + (sum(residence.sizes) if residence.streamed_bytes else self.holdings.weights_bytes)
+        residence, vocabulary = self.loader.residence, self.vocabulary.nbytes if self.vocabulary else 0
+        whole = vocabulary + (sum(residence.sizes) if residence.streamed_bytes else self.holdings.weights_bytes)
         return {
             "weights_bytes": whole,
-            "resident_bytes": residence.nbytes + trunk if residence.streamed_bytes else whole,
+            "resident_bytes": residence.nbytes + vocabulary if residence.streamed_bytes else whole,
             "streamed_bytes": residence.streamed_bytes,
             "read_s": round(self.loader.read_s, 3),
             "waited_s": round(self.loader.waited_s, 3),

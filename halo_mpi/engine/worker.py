@@ -61,7 +61,7 @@ class Worker:
             self._prepare(request)
             return True
         if request.kind == Kind.PROBE:
-            self._group = self._group or OneGroup(self._holdings.share.config, self._holdings.ranks, self._marks)
+            self._group = self._group or OneGroup(self._holdings.kernel, self._holdings.ranks, self._marks)
             self._link.answer(request, None, self._group.usual_s())
             return True
         if request.kind != Kind.REFILL:

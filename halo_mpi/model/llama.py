@@ -10,53 +10,23 @@ T tokens at positions p .. p+T-1, D = hidden, x already normalized. Everything i
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from halo_mpi.model.config import ModelConfig
-
-
-Cache = tuple[torch.Tensor, torch.Tensor]  # keys, values [KV heads, context, head_dim]
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """The matrices of a rank's share of one layer, f32, fused so that each step is one product.
-
-    `runs` lists (local KV head, first, last + 1 query head) for query heads that share a KV head.
-    """
-
-    qkv: torch.Tensor  # [(query heads + 2 KV heads) * head_dim, D]
-    qkv_bias: torch.Tensor | None
-    o: torch.Tensor  # [D, query heads * head_dim]
-    runs: list[tuple[int, int, int]]
-    gate_up: torch.Tensor  # [2 neurons, D]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [D, neurons]
-
-    @classmethod
-    def empty(cls) -> "LayerWeights":
-        """No heads and no neurons."""
-        none = torch.empty(0)
-        return cls(none, None, none, [], none, None, none)
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.qkv, self.qkv_bias, self.o, self.gate_up, self.gate_up_bias, self.down)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+from halo_mpi.model.layer_weights import Cache, LayerWeights
 
 
 class Share:
     """A rank's heads and neurons of every layer, with the KV cache of those heads.
 
     The cache holds `context` positions; a call at position p overwrites what was there from p on, so a new sequence
-    begins at position 0 without a reset.
+    begins at position 0 without a reset. `cache_dtype`: f32, or f16.
     """
 
-    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int):
+    def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: torch.dtype = torch.float32):
         self.config = config
-        self.layers = layers
+        self.layers, self._cache_dtype = layers, cache_dtype
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
         self.kv: list[Cache] = [self.empty_cache(len(layer.runs)) for layer in layers]
         cos, sin = config.rotary_tables(context)
@@ -65,7 +35,7 @@ class Share:
     def empty_cache(self, kv_heads: int) -> Cache:
         """For so many KV heads of a layer."""
         shape = (kv_heads, self.context, self.config.head_dim)
-        return torch.zeros(shape), torch.zeros(shape)
+        return torch.zeros(shape, dtype=self._cache_dtype), torch.zeros(shape, dtype=self._cache_dtype)
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
@@ -84,10 +54,10 @@ class Share:
         values[:, position:end] = qkv[heads + kv_heads :]
         mixed = torch.empty(heads, tokens, dim)
         for kv, first, last in weights.runs:
-            scores = rotated[first:last] @ keys[kv, :end].T * dim**-0.5  # [run, T, end]
+            scores = rotated[first:last] @ keys[kv, :end].float().T * dim**-0.5  # [run, T, end]
             if tokens > 1:
                 scores += torch.full((tokens, end), -torch.inf).triu(position + 1)
-            mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end]
+            mixed[first:last] = torch.softmax(scores, -1) @ values[kv, :end].float()
         return mixed.transpose(0, 1).reshape(tokens, -1)
 
     def append(self, layer: int, x: torch.Tensor, position: int, coming: tuple[LayerWeights, Cache] | None = None) -> None:
@@ -135,11 +105,3 @@ class Trunk:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, D] divided by the root of its mean square, times weight [D] (arXiv 1910.07467)."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-
-
-def runs_of(query_heads: list[int], heads_per_kv: int) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The KV heads that these query heads (in ascending order) need, and the runs of local query heads that share one."""
-    kv_heads = sorted({head // heads_per_kv for head in query_heads})
-    of_head = np.array([head // heads_per_kv for head in query_heads])
-    bounds = [np.searchsorted(of_head, (kv, kv + 1)) for kv in kv_heads]
-    return kv_heads, [(local, int(first), int(last)) for local, (first, last) in enumerate(bounds)]

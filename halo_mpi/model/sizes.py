@@ -1,61 +1,110 @@
-"""What shares of a model take in memory, before anything is loaded."""
+"""What shares of a model take in memory, before anything is loaded: in f32, or in the tiles that compiled kernels read."""
 
+from collections.abc import Set
+from dataclasses import dataclass
 from math import prod
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.tiles import Tiles, tiles_across, tiles_down
 from halo_mpi.model.records import VOCABULARY_BLOCK
-
-Shapes = dict[str, tuple[int, ...]]  # of matrices, by name
-
-
-def attention_shapes(config: ModelConfig, query_heads: list[int], biases: set[str] = frozenset()) -> Shapes:
-    """What some query heads of a layer, and their KV heads, need. `biases`: names of the matrices that have one ("q", ...)."""
-    kv_heads = len({head // config.heads_per_kv for head in query_heads})
-    rows = (len(query_heads) + 2 * kv_heads) * config.head_dim
-    shapes: Shapes = {"qkv": (rows, config.hidden), "o": (config.hidden, len(query_heads) * config.head_dim)}
-    return shapes | ({"qkv_bias": (rows,)} if biases & {"q", "k", "v"} else {})
+from halo_mpi.store.encoding import BLOCK, TILE_ROWS
 
 
-def ffn_shapes(config: ModelConfig, groups: list[int], biases: set[str] = frozenset()) -> Shapes:
-    """What some FFN groups of a layer need."""
-    neurons = sum(len(config.group_neurons(group)) for group in groups)
-    shapes: Shapes = {"gate_up": (2 * neurons, config.hidden), "down": (config.hidden, neurons)}
-    return shapes | ({"gate_up_bias": (2 * neurons,)} if biases & {"gate", "up"} else {})
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a matrix (or, in f32, a vector) in memory. `dtype`: f32, int4 or int8."""
+
+    dims: tuple[int, ...]
+    dtype: str = "f32"
+
+    @property
+    def nbytes(self) -> int:
+        if self.dtype == "f32":
+            return 4 * prod(self.dims)
+        rows, columns = self.dims
+        return Tiles.bytes_of(tiles_down(rows), tiles_across(columns), self.dtype)
 
 
-def head_shapes(config: ModelConfig, block: int) -> Shapes:
-    """What one block of the head needs."""
-    return {"rows": (min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK), config.hidden)}
+Shapes = dict[str, Shape]  # of matrices, by name
 
 
 def shape_bytes(shapes: Shapes) -> int:
-    """In f32."""
-    return 4 * sum(map(prod, shapes.values()))
+    return sum(shape.nbytes for shape in shapes.values())
 
 
-def part_shapes(
-    config: ModelConfig, query_heads: list[list[int]], groups: list[list[int]], biases: set[str] = frozenset()
-) -> list[Shapes]:
-    """The parts of a share in the order in which a token needs them: a layer's attention, its FFN, the next layer's attention ..."""
-    return [
-        shapes
-        for heads, own_groups in zip(query_heads, groups)
-        for shapes in (attention_shapes(config, heads, biases), ffn_shapes(config, own_groups, biases))
-    ]
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """`dtype`, `vocabulary_dtype`: of matrices in memory; `cache_dtype`: f32 or f16, of the KV cache."""
 
+    config: ModelConfig
+    dtype: str = "f32"
+    vocabulary_dtype: str = "f32"
+    cache_dtype: str = "f32"
 
-def cache_bytes(config: ModelConfig, query_heads: list[list[int]], context: int) -> int:
-    """The KV cache of a share's heads for `context` positions."""
-    kv_heads = sum(len({head // config.heads_per_kv for head in heads}) for heads in query_heads)
-    return 2 * 4 * kv_heads * context * config.head_dim
+    @property
+    def head_rows(self) -> int:
+        """What a head takes in qkv."""
+        return self._filled_up(self.config.head_dim, TILE_ROWS)
 
+    @property
+    def head_columns(self) -> int:
+        """What a head takes in o."""
+        return self._filled_up(self.config.head_dim, BLOCK)
 
-def layer_bytes(config: ModelConfig, query_heads: list[int], groups: list[int], context: int) -> int:
-    """Some query heads and FFN groups of a layer, their cache for `context` positions included."""
-    matrices = shape_bytes(attention_shapes(config, query_heads)) + shape_bytes(ffn_shapes(config, groups))
-    return matrices + cache_bytes(config, [query_heads], context)
+    def neurons(self, group: int) -> int:
+        return len(self.config.group_neurons(group)) if self.dtype == "f32" else self.config.group_size
 
+    def attention(self, query_heads: list[int], biases: Set[str] = frozenset()) -> Shapes:
+        """What some query heads of a layer, and their KV heads, need. `biases`: names of the matrices that have one ("q", ...)."""
+        kv_heads = len({head // self.config.heads_per_kv for head in query_heads})
+        rows, hidden = (len(query_heads) + 2 * kv_heads) * self.head_rows, self.config.hidden
+        shapes = {
+            "qkv": Shape((rows, hidden), self.dtype),
+            "o": Shape((hidden, len(query_heads) * self.head_columns), self.dtype),
+        }
+        return shapes | ({"qkv_bias": Shape((rows,))} if biases & {"q", "k", "v"} else {})
 
-def trunk_bytes(config: ModelConfig) -> int:
-    """What the root needs besides its share: embedding and head."""
-    return 4 * config.hidden * config.vocabulary * (1 if config.tied else 2)
+    def query_bytes(self) -> int:
+        """Of one query head of a layer, without its KV head."""
+        hidden = self.config.hidden
+        return Shape((self.head_rows, hidden), self.dtype).nbytes + Shape((hidden, self.head_columns), self.dtype).nbytes
+
+    def ffn(self, groups: list[int], biases: Set[str] = frozenset()) -> Shapes:
+        """What some FFN groups of a layer need."""
+        neurons, hidden = sum(map(self.neurons, groups)), self.config.hidden
+        shapes = {"gate_up": Shape((2 * neurons, hidden), self.dtype), "down": Shape((hidden, neurons), self.dtype)}
+        return shapes | ({"gate_up_bias": Shape((2 * neurons,))} if biases & {"gate", "up"} else {})
+
+    def head(self, block: int) -> Shapes:
+        """What one block of the head needs."""
+        rows = min(VOCABULARY_BLOCK, self.config.vocabulary - block * VOCABULARY_BLOCK)
+        return {"rows": Shape((rows, self.config.hidden), self.vocabulary_dtype)}
+
+    def table(self) -> Shape:
+        """The embedding, or the head."""
+        return Shape((self.config.vocabulary, self.config.hidden), self.vocabulary_dtype)
+
+    def parts(self, query_heads: list[list[int]], groups: list[list[int]], biases: Set[str] = frozenset()) -> list[Shapes]:
+        """The parts of a share in the order in which a token needs them: a layer's attention, its FFN, the next layer's attention ..."""
+        return [
+            shapes
+            for heads, own_groups in zip(query_heads, groups)
+            for shapes in (self.attention(heads, biases), self.ffn(own_groups, biases))
+        ]
+
+    def cache_bytes(self, query_heads: list[list[int]], context: int) -> int:
+        """The KV cache of a share's heads for `context` positions."""
+        kv_heads = sum(len({head // self.config.heads_per_kv for head in heads}) for heads in query_heads)
+        return 2 * (2 if self.cache_dtype == "f16" else 4) * kv_heads * context * self.config.head_dim
+
+    def layer_bytes(self, query_heads: list[int], groups: list[int], context: int) -> int:
+        """Some query heads and FFN groups of a layer, their cache for `context` positions included."""
+        matrices = shape_bytes(self.attention(query_heads)) + shape_bytes(self.ffn(groups))
+        return matrices + self.cache_bytes([query_heads], context)
+
+    def vocabulary_bytes(self) -> int:
+        """What the root needs besides its share: embedding and head."""
+        return self.table().nbytes * (1 if self.config.tied else 2)
+
+    def _filled_up(self, count: int, unit: int) -> int:
+        return count if self.dtype == "f32" else -(-count // unit) * unit

@@ -142,7 +142,7 @@ class LayerCalibration:
             size += self._share.activations(0, self._normed(walkers.x[place], self._trunk.ffn_norms))[SINKS:].abs().sum(0)
         add_up(self._comm, size.numpy())
         importance = size * self._weights.down.norm(dim=0)
-        order = np.array(broadcast(self._comm, order_of(importance.numpy(), self._unit).tolist()))
+        order = np.array(broadcast(self._comm, order_of(importance.numpy(), self._unit).tolist(), patient=True))
         put_in_order(self._weights, order, self._unit)
         return order
 

@@ -51,9 +51,9 @@ class ProgressFiles:
                     found.append(int(saved["layers"]) if saved["x"].ndim == saved["ahead"].ndim == 3 else 0)
             except DAMAGED:
                 continue
-        everywhere = [set(found) for found in gather(comm, found)]
+        everywhere = [set(found) for found in gather(comm, found, patient=True)]
         done = max(set.intersection(*everywhere), default=0) if everywhere else 0
-        return broadcast(comm, done if all(map(self._is_whole, range(done))) else 0)
+        return broadcast(comm, done if all(map(self._is_whole, range(done))) else 0, patient=True)
 
     def load_walkers(self, layers: int, part: Part) -> Walkers:
         with np.load(self._walkers(layers), allow_pickle=False) as saved:

@@ -7,7 +7,7 @@ move as they are and nothing is rounded again. A last, shorter unit stays where 
 import numpy as np
 import torch
 
-from halo_mpi.model.llama import LayerWeights
+from halo_mpi.model.layer_weights import LayerWeights
 
 
 def order_of(importance: np.ndarray, unit: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import Share, Trunk
-from halo_mpi.model.loading import load_layer
+from halo_mpi.model.whole import load_layer
 from halo_mpi.predict.layer import LayerCalibration, Part, Walkers
 from halo_mpi.predict.progress_files import ProgressFiles
 from halo_mpi.predict.sensitivity import Variants

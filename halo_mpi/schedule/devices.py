@@ -18,6 +18,7 @@ from pathlib import Path
 
 from halo_mpi.errors import InputError
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import HEADER, vector_bytes
@@ -32,11 +33,12 @@ MOST_DEVICES = 4096
 MOST = 1e9  # of any number here
 
 
-def read_devices(path: Path, config: ModelConfig, context: int) -> Cluster:
+def read_devices(path: Path, sizes: Sizes, context: int) -> Cluster:
     """The cluster that a file describes; `context`: tokens, of which half are in the cache at a usual token.
 
     Raises InputError that names what is wrong.
     """
+    config = sizes.config
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -54,8 +56,8 @@ def read_devices(path: Path, config: ModelConfig, context: int) -> Cluster:
         count = _checked(entry, where)
         if len(devices) + count > MOST_DEVICES:
             raise InputError(f"{path}: more than {MOST_DEVICES} devices")
-        devices += [_device(entry, config, context, where)] * count
-    vocabulary_ms = devices[0].ffn_ms * config.vocabulary / (3 * config.ffn)
+        devices += [_device(entry, sizes, context, where)] * count
+    vocabulary_ms = devices[0].ffn_ms * sizes.table().nbytes / _layer_bytes(sizes, context)[1]
     further_ms = _number(content, "further_ms", str(path)) + COPIES * _message_ms(entries[0], config, f"{path}, device 0")
     return Cluster(
         devices, _number(content, "sync_ms", str(path)), further_ms, _number(content, "head_ms", str(path), vocabulary_ms)
@@ -76,12 +78,13 @@ def _checked(entry: object, where: str) -> int:
     return count
 
 
-def _device(entry: dict, config: ModelConfig, context: int, where: str) -> Device:
+def _device(entry: dict, sizes: Sizes, context: int, where: str) -> Device:
+    config = sizes.config
     known = {name: _number(entry, name, where) for name in ("fixed_ms", "link_ms", "late_ms")}
     known["late_rate"] = _number(entry, "late_rate", where, most=1)
     if "speed" in entry:
         speed = _number(entry, "speed", where, least=1e-6)
-        whole = {name: size / speed / 1e6 for name, size in zip(("attention_ms", "ffn_ms"), _layer_bytes(config, context))}
+        whole = {name: size / speed / 1e6 for name, size in zip(("attention_ms", "ffn_ms"), _layer_bytes(sizes, context))}
     elif {"attention_ms", "ffn_ms"} <= set(entry):
         whole = {name: _number(entry, name, where, least=1e-6) for name in ("attention_ms", "ffn_ms")}
     else:
@@ -98,11 +101,12 @@ def _device(entry: dict, config: ModelConfig, context: int, where: str) -> Devic
     return Device(str(entry.get("name", "device")), **whole, **known, memory=memory)
 
 
-def _layer_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
-    """Bytes that one layer's attention (with half a context of K and V) and FFN read, f32."""
-    kv = 2 * config.kv_heads * config.head_dim
-    attention = config.hidden * (2 * config.heads * config.head_dim + kv) + kv * context // 2
-    return 4 * attention, 4 * 3 * config.hidden * config.ffn
+def _layer_bytes(sizes: Sizes, context: int) -> tuple[int, int]:
+    """Bytes that one layer's attention (with half a context of K and V) and FFN read."""
+    config = sizes.config
+    heads = list(range(config.heads))
+    attention = shape_bytes(sizes.attention(heads)) + sizes.cache_bytes([heads], context) // 2
+    return attention, shape_bytes(sizes.ffn(list(range(config.groups))))
 
 
 def _late_rate(loss: float, config: ModelConfig) -> float:

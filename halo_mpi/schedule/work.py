@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.records import VOCABULARY_BLOCK
-from halo_mpi.model.sizes import trunk_bytes
+from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.wire.messages import Kind
 
 
@@ -30,23 +28,26 @@ class Work:
     block_bytes: int = 0  # of the embedding or the head: what is read at once
 
     @classmethod
-    def of(cls, config: ModelConfig, context: int, root_bytes: int = 0) -> "Work":
+    def of(cls, sizes: Sizes, context: int, root_bytes: int = 0) -> "Work":
         """`context`: tokens that the cache must hold; `root_bytes`: what the root needs beside its share and the vocabulary."""
-        matrix = 4 * config.hidden * config.head_dim
+        config, layers = sizes.config, sizes.config.layers
+        query = sizes.query_bytes()
+        kv = shape_bytes(sizes.attention([0])) - query
+        cache = sizes.cache_bytes([[0]], context)
         return cls(
-            config.layers,
+            layers,
             config.heads,
             config.groups,
             config.heads_per_kv,
-            config.layers * 2 * matrix,
-            config.layers * (2 * matrix + 2 * 4 * context * config.head_dim),
-            config.layers * 3 * 4 * config.hidden * config.group_size,
-            trunk_bytes(config) + root_bytes,
+            layers * query,
+            layers * (kv + cache),
+            layers * shape_bytes(sizes.ffn([0])),
+            sizes.vocabulary_bytes() + root_bytes,
             context,
-            config.layers * 2 * 4 * context * config.head_dim,
-            trunk_bytes(config),
-            4 * config.hidden * config.vocabulary,
-            4 * config.hidden * min(VOCABULARY_BLOCK, config.vocabulary),
+            layers * cache,
+            sizes.vocabulary_bytes(),
+            sizes.table().nbytes,
+            shape_bytes(sizes.head(0)),
         )
 
     def count(self, kind: Kind) -> int:

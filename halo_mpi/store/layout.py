@@ -57,17 +57,20 @@ class RecordLayout:
 
     def unpack(self, record: np.ndarray, name: str) -> np.ndarray:
         """One matrix of a record, f32 [rows, columns]; for the f32 encoding a view of the record."""
+        part = self.parts[name]
+        return decode(self.bytes_of(record, name), part.rows, part.columns, part.dtype)
+
+    def bytes_of(self, record: np.ndarray, name: str) -> np.ndarray:
+        """One matrix of a record as it is stored, a view, uint8."""
         part, start = self.parts[name], self.offsets[name]
-        size = encoded_bytes(part.rows, part.columns, part.dtype)
-        return decode(record[start : start + size], part.rows, part.columns, part.dtype)
+        return record[start : start + encoded_bytes(part.rows, part.columns, part.dtype)]
 
     def stored(self, record: np.ndarray, name: str) -> np.ndarray | Blocks:
         """The same with quantized matrices as the blocks that they are, so that `pack` puts them back unchanged."""
-        part, start = self.parts[name], self.offsets[name]
+        part = self.parts[name]
         if part.dtype not in ("int4", "int8"):
             return self.unpack(record, name)
-        size = encoded_bytes(part.rows, part.columns, part.dtype)
-        return decode_blocks(record[start : start + size], part.rows, part.columns, part.dtype)
+        return decode_blocks(self.bytes_of(record, name), part.rows, part.columns, part.dtype)
 
     def to_json(self) -> str:
         return json.dumps([[part.name, part.rows, part.columns, part.dtype] for part in self.parts.values()])

@@ -1,42 +1,143 @@
 """Small structured data between ranks at start-up and at the end, as JSON: nothing from the network is unpickled.
 
-These are collective calls; they stay out of the token loop, where one late rank would stop all.
+These are collective calls; they stay out of the token loop, where one late rank would stop all. They are made of messages between the
+root and each worker, so that the root can tell who does not answer, and nobody waits inside MPI for a rank that is stopped or cut off.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from halo_mpi.errors import RanksLostError
+from halo_mpi.wire.polling import Waiter
+
 ROOT = 0
+TAG = 2  # the mailbox has another
+SILENT_S = 60.0  # so long the root waits for a worker that starts: a Pi reads PyTorch from an SD card in 20
+ALONE_S = (
+    900.0  # so long a worker waits for the root, which may be waiting for another; Linux gives a connection up after as long
+)
+ENDED = "ended before the work began; start again"
+LOOK_S = 0.2  # between two looks; longer ones do not count: this process was stopped itself
+HOSTS = MPI.Comm.Create_keyval()
 
 
-def broadcast(comm: MPI.Comm, value: Any = None) -> Any:
-    """The root's `value` (anything that JSON holds), on every rank."""
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy() if comm.rank == ROOT else None
-    size = np.array([0 if data is None else data.size], np.int64)
-    comm.Bcast(size, ROOT)
-    if data is None:
-        data = np.empty(int(size[0]), np.uint8)
-    comm.Bcast(data, ROOT)
-    return json.loads(data.tobytes())
+class MissingError(RanksLostError):
+    """Ranks without which the others cannot go on: they have ended, are stopped, cut off, or hang."""
+
+    def __init__(self, ranks: Iterable[int], what: str, hosts: list[str] | None = None):
+        self._what = what
+        named = ", ".join(f"{rank} on {hosts[rank]}" if hosts else str(rank) for rank in sorted(ranks))
+        super().__init__(f"rank {named or '?'} {what}", set(ranks))
+
+    def on(self, hosts: list[str] | None) -> "MissingError":
+        """The same, with the names of the hosts."""
+        return MissingError(self.ranks, self._what, hosts)
 
 
-def gather(comm: MPI.Comm, value: Any) -> list[Any]:
-    """Every rank's `value` (anything that JSON holds) on the root, by rank; an empty list elsewhere."""
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy()
-    sizes = np.zeros(comm.size, np.int64)
-    comm.Gather(np.array([data.size], np.int64), sizes if comm.rank == ROOT else None, ROOT)
+class Patience:
+    """Waiting for others, not longer than `most_s` (None: for ever), the times in which this process was stopped left out."""
+
+    def __init__(self, most_s: float | None, waiter: Waiter | None = None):
+        self._most_s, self._waiter = most_s, waiter or Waiter()
+        self._waited_s, self._looked_at = 0.0, self._waiter.now()
+
+    def look(self, missing: Iterable[int]) -> None:
+        """These are not there yet. Raises MissingError if that was so for too long."""
+        now = self._waiter.now()
+        self._waited_s += min(now - self._looked_at, LOOK_S)
+        self._looked_at = now
+        if self._most_s is not None and self._waited_s > self._most_s:
+            raise MissingError(
+                missing, f"did not answer for {self._most_s:.0f} s; look whether its host is up and its process runs"
+            )
+
+    def wait(self, missing: Iterable[int]) -> None:
+        """The same, and let others run for a moment."""
+        self.look(missing)
+        self._waiter.wait()
+
+
+def broadcast(comm: MPI.Comm, value: Any = None, patient: bool = False) -> Any:
+    """The root's `value` (anything that JSON holds), on every rank. `patient`: others may take any time before it."""
     if comm.rank != ROOT:
-        comm.Gatherv(data, None, ROOT)
+        return json.loads(_receive(comm, [ROOT], None if patient else ALONE_S)[ROOT])
+    data = json.dumps(value).encode()
+    _send(comm, data, [rank for rank in range(comm.size) if rank != ROOT], None if patient else SILENT_S)
+    return json.loads(data)
+
+
+def gather(comm: MPI.Comm, value: Any, patient: bool = False) -> list[Any]:
+    """Every rank's `value` (anything that JSON holds) on the root, by rank; an empty list elsewhere."""
+    data = json.dumps(value).encode()
+    if comm.rank != ROOT:
+        _send(comm, data, [ROOT], None if patient else ALONE_S)
         return []
-    everything = np.empty(int(sizes.sum()), np.uint8)
-    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    comm.Gatherv(data, [everything, sizes, starts, MPI.BYTE], ROOT)
-    return [json.loads(everything[start : start + size].tobytes()) for start, size in zip(starts, sizes)]
+    others = _receive(comm, [rank for rank in range(comm.size) if rank != ROOT], None if patient else SILENT_S)
+    return [json.loads(others.get(rank, data)) for rank in range(comm.size)]
+
+
+def meet(comm: MPI.Comm) -> None:
+    """Go on when all are here (collective)."""
+    gather(comm, None)
+    broadcast(comm)
+
+
+def duplicate(comm: MPI.Comm) -> MPI.Comm:
+    """A communicator of the same ranks (collective)."""
+    meet(comm)
+    copy, request = comm.Idup()
+    patience = Patience(SILENT_S if comm.rank == ROOT else ALONE_S)
+    while not request.Test():
+        patience.wait(set(range(comm.size)) - {comm.rank})
+    return copy
+
+
+def name_hosts(comm: MPI.Comm, hosts: list[str]) -> None:
+    """From now on it is known on this rank where the others are, by rank."""
+    comm.Set_attr(HOSTS, hosts)
+
+
+def hosts_of(comm: MPI.Comm) -> list[str] | None:
+    """The ranks' hosts, if they are known."""
+    return comm.Get_attr(HOSTS)
 
 
 def add_up(comm: MPI.Comm, sums: np.ndarray) -> None:
     """Add the ranks' arrays on the root, in place."""
     comm.Reduce(MPI.IN_PLACE if comm.rank == ROOT else sums, sums if comm.rank == ROOT else None, MPI.SUM, ROOT)
+
+
+def _send(comm: MPI.Comm, data: bytes, ranks: list[int], most_s: float | None) -> None:
+    requests = {rank: comm.Isend([data, MPI.BYTE], rank, TAG) for rank in ranks}
+    _complete({rank: request.Test for rank, request in requests.items()}, most_s)
+
+
+def _receive(comm: MPI.Comm, ranks: list[int], most_s: float | None) -> dict[int, bytes]:
+    """The next message of each of these ranks."""
+    found: dict[int, bytearray] = {}
+    requests: dict[int, MPI.Request] = {}
+
+    def has_come(rank: int) -> bool:
+        if rank not in requests:
+            status = MPI.Status()
+            message = comm.Improbe(rank, TAG, status)
+            if message is None:
+                return False
+            found[rank] = bytearray(status.Get_count(MPI.BYTE))
+            requests[rank] = message.Irecv([found[rank], MPI.BYTE])
+        return requests[rank].Test()
+
+    _complete({rank: lambda rank=rank: has_come(rank) for rank in ranks}, most_s)
+    return {rank: bytes(data) for rank, data in found.items()}
+
+
+def _complete(tests: dict[int, Callable[[], bool]], most_s: float | None) -> None:
+    """Ask again and again, by rank, until all say yes."""
+    patience = Patience(most_s)
+    while missing := {rank: test for rank, test in tests.items() if not test()}:
+        tests = missing
+        patience.wait(missing)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from halo_mpi.wire.deadline import Deadline
+from halo_mpi.wire.exchange import ENDED, SILENT_S, MissingError, Patience
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Kind, ProtocolError, rows_text
 from halo_mpi.wire.polling import Waiter
@@ -41,6 +42,7 @@ class Peer:
     deadline: Deadline
     asked_seq: int = 0
     answered_seq: int = 0
+    settled_seq: int = 0  # answers to requests up to this one are not wanted, and may come
     heard_at: float = 0.0
     suspect: bool = False  # missed a deadline and was not heard since
     kicks_in_flight: int = 0
@@ -96,11 +98,11 @@ class RootLink:
     def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
         """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
-        `work`: what the root does meanwhile.
+        `work`: what the root does meanwhile. Raises MissingError if somebody has ended, or is silent for long.
         """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
         seq = self.ask(Kind.PING, 0, 0, x, workers)
-        waited_for = set(workers)
+        waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
         if work:
             work()
         while waited_for:
@@ -111,8 +113,10 @@ class RootLink:
             if self.waiter.now() - begin > ECHO_PATIENCE_S:
                 for rank in waited_for:
                     self.kick(rank)
+            if ended := waited_for & self.ended:
+                raise MissingError(ended, ENDED)
             if waited_for:
-                self.waiter.wait()
+                patience.wait(waited_for)
         return list(came.values())
 
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
@@ -172,6 +176,8 @@ class RootLink:
                 peer.probed_at = None
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:
+                    if seq <= peer.settled_seq:
+                        continue
                     raise ProtocolError(
                         f"rank {rank} answered request {seq}, which it was not asked or has answered; report this"
                     )
@@ -200,9 +206,15 @@ class RootLink:
         """How many syncs ago the last request was asked that the worker has taken in, counted up to its last one."""
         return self.peers[rank].asked_seq - self.peers[rank].answered_seq
 
+    def asked_since(self, rank: int) -> float:
+        """When the oldest request was asked that the worker has not done, as far as is known; now if it has done all."""
+        return next(iter(self.peers[rank].asked_at.values()), self.waiter.now())
+
     def catch_up(self, rank: int) -> None:
-        """The worker was sent all that it missed: nothing is expected of what it was asked before."""
-        self.peers[rank].answered_seq = self.seq
+        """The worker was sent all that it missed: nothing is expected of what it was asked before, though it may not have done it yet."""
+        peer = self.peers[rank]
+        peer.answered_seq = peer.settled_seq = self.seq
+        self._forget(peer)
 
     def excuse(self, rank: int) -> None:
         """Learn nothing from the worker's answers until `judge`: after a stall many come late, though nothing is wrong any more."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from halo_mpi.errors import HaloError
-from halo_mpi.wire.exchange import ROOT
+from halo_mpi.wire.exchange import ALONE_S, ROOT
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message, text_rows
 from halo_mpi.wire.polling import Waiter
 
-ALONE_S = 900.0  # without a word of the root; Linux gives a connection up after as long
 UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
 
 

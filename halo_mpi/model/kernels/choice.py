@@ -1,0 +1,40 @@
+"""Which kernel a rank uses."""
+
+from halo_mpi.errors import UsageError
+from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.kernel import Kernel
+from halo_mpi.model.sizes import Sizes
+
+KERNELS = ("auto", "llvm", "reference")
+TILED = ("int4", "int8")  # storage that compiled kernels read
+
+
+def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int, cache: str = "auto") -> Kernel:
+    """`name`: of KERNELS; `dtype`: in which the model's weights are stored; `cache`: auto, f32 or f16, of K and V.
+
+    auto: llvm if the weights are in tiles and this processor has the instructions. Raises UsageError if it cannot be the one wanted.
+    """
+    reason = f"the model's weights are {dtype}, not {' or '.join(TILED)}" if dtype not in TILED else _lacking()
+    if name == "llvm" and reason:
+        raise UsageError(f"--kernel llvm cannot be used: {reason}; use --kernel auto")
+    if name == "reference" or reason:
+        from halo_mpi.model.kernels.reference import Reference
+
+        return Reference(config, threads, "f32" if cache == "auto" else cache)
+    from halo_mpi.model.kernels.llvm import Compiled
+
+    return Compiled(config, dtype, threads, "f16" if cache == "auto" else cache)
+
+
+def sizes_of(config: ModelConfig, dtype: str) -> Sizes:
+    """What `auto` takes for a model stored in `dtype`, on a processor that has the instructions."""
+    return Sizes(config, dtype, "int8", "f16") if dtype in TILED else Sizes(config)
+
+
+def _lacking() -> str | None:
+    """Why the compiled kernels do not work here."""
+    try:
+        from halo_mpi.model.kernels.compiled import supported
+    except ImportError as error:
+        return f"{error.name} is not installed here"
+    return None if supported() else "this processor has neither AVX2 nor NEON"
