@@ -13,10 +13,18 @@ class DoingWithout:
     `check`: is told of the estimates that are final.
     """
 
-    def __init__(self, crew: Crew, sums: OpenSums, predictor: Predictor, relaxed: bool, drops: bool, check: Check | None):
-        self._crew, self._sums, self._predictor = crew, sums, predictor
+    def __init__(
+        self, crew: Crew, sums: OpenSums, predictor: Predictor, layers: int, relaxed: bool, drops: bool, check: Check | None
+    ):
+        self._crew, self._sums, self._predictor, self._layers = crew, sums, predictor, layers
         self._relaxed, self._drops, self._check = relaxed, drops, check
         self.at = 0
+
+    def must_be_exact(self, layer: int, workers: list[int]) -> bool:
+        """Whether all these workers are waited for in a sync of this layer, if they can be."""
+        if not self._relaxed or self._crew.overrun(workers):
+            return True
+        return layer in (0, self._layers - 1) and not self._drops
 
     def affords(self, kind: Kind, layer: int, missing: set[int]) -> bool:
         """Whether the root may go on without the answers that are missing now."""

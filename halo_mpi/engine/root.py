@@ -62,7 +62,7 @@ class Root:
         self.rescue: Rescue | None = None
         self.predictor, self._vocabulary = predictor, vocabulary
         self._check = Check() if sync.check else None
-        self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
+        self._without = DoingWithout(self.crew, self._sums, predictor, config.layers, self._relaxed, self._drops, self._check)
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
         self._epoch, self._text = 0, []
         self._whole = True  # the caches hold the text so far
@@ -73,11 +73,18 @@ class Root:
         """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them, valid until the next call."""
         for start in range(0, len(tokens), PREFILL_ROWS):
             x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
-        return self._logits(x)
+        return self._logits(x[-1:])[0]
 
     def step(self, token: int, position: int) -> np.ndarray:
         """Compute one token at `position`; logits f32 [V] for the next, valid until the next call."""
-        return self._logits(self._compute([token], position, decoding=True))
+        return self.steps([token], position)[0]
+
+    def steps(self, tokens: list[int], position: int) -> np.ndarray:
+        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each, valid until the next call.
+
+        What was computed from `position` on before, of guesses that were wrong, is forgotten.
+        """
+        return self._logits(self._compute(tokens, position, decoding=True))
 
     def _compute(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
         """The last residual vectors [T, D] of the tokens, whoever is lost meanwhile."""
@@ -148,7 +155,7 @@ class Root:
             if self._relaxed:
                 self._without.stop_asking(kind, layer)
             if kind == Kind.ATTENTION:
-                self.crew.welcome_back(position, layer, self._epoch, self.mover.number)
+                self.crew.welcome_back(position, len(x), layer, self._epoch, self.mover.number)
         workers, asked = self.crew.asked(kind, layer)
         seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
@@ -158,18 +165,18 @@ class Root:
             self._holdings.need(at)
             start, share = time.perf_counter(), self._holdings.share
             own = share.attention(layer, normed, position) if kind == Kind.ATTENTION else share.ffn(layer, normed)
-            self._marks.pace(start, even_share)
+            self._marks.pace(start, even_share, len(x))
             took_s = time.perf_counter() - start
             self.compute_s += took_s
             if self.replacer and decoding:
-                self.replacer.computed(0, kind, layer, took_s)
+                self.replacer.computed(0, kind, layer, took_s, len(x))
             x = self._add(x, own)
         if self._relaxed and decoding:
             self.predictor.look_ahead(kind, layer, normed)
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        exact = self._must_be_exact(kind, layer, position, asked, decoding)
+        exact = not decoding or position < SINKS or self._without.must_be_exact(layer, asked)
         answers, late = self._collect(
             seq, kind, layer, asked, exact, decoding, lambda rank: self.crew.computing_s(rank, kind, layer, len(x), took_s)
         )
@@ -186,11 +193,6 @@ class Root:
         if decoding:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
-
-    def _must_be_exact(self, kind: Kind, layer: int, position: int, workers: list[int], decoding: bool) -> bool:
-        if not self._relaxed or not decoding or position < SINKS or self.crew.overrun(workers):
-            return True
-        return layer in (0, self._config.layers - 1) and not self._drops
 
     def _ask(self, kind: Kind, layer: int, position: int, normed: np.ndarray, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
@@ -291,7 +293,6 @@ class Root:
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        last = self._holdings.kernel.norm(x[-1:], self._norms.final, self._config.norm_eps)
-        logits = self._vocabulary.logits(last)[0]
+        logits = self._vocabulary.logits(self._holdings.kernel.norm(x, self._norms.final, self._config.norm_eps))
         self.compute_s += time.perf_counter() - start
         return logits
