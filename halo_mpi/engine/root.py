@@ -80,9 +80,9 @@ class Root:
         return self.steps([token], position)[0]
 
     def steps(self, tokens: list[int], position: int) -> np.ndarray:
-        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each, valid until the next call.
+        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each.
 
-        What was computed from `position` on before, of guesses that were wrong, is forgotten.
+        They are valid until the next call. What was computed from `position` on before, of guesses that were wrong, is forgotten.
         """
         return self._logits(self._compute(tokens, position, decoding=True))
 
