@@ -164,6 +164,7 @@ def _tell(session: Session, devices: list[dict], texts: list, completions: list,
                          first and first.ttft_ms, tpot_ms)  # fmt: skip
     report["seed"] = seed
     report["lookup"] = sum((completion.passes for completion in completions), PassCounts()).to_dict() if lookup else None
+    report["prefix_tokens"] = [completion.passes.prefix for completion in completions]
     reasons = {completion.finish_reason for completion in completions}
     report["finish_reason"] = "terminated" if "terminated" in reasons else None if many or not first else first.finish_reason
     _summarize(report, len(completions))

@@ -181,6 +181,11 @@ class Crew:
         """The workers that are behind, away or lost."""
         return set(self._left_at)
 
+    def all_at_work(self) -> bool:
+        """Whether nobody is behind, away, or lost with work that nobody has taken over."""
+        with_work = {rank for layers in self._workers.values() for ranks in layers for rank in ranks}
+        return self._left_at.keys() <= self._lost.keys() - with_work
+
     def does_without(self, rank: int) -> bool:
         """Whether the worker is behind, away or lost."""
         return rank in self._left_at

@@ -36,6 +36,12 @@ class DoingWithout:
         """Whether the root may go on without these workers, and those it does without already, for tokens to come."""
         return self._relaxed and self._sums.affords_always(self._predictor.rest(0, self._crew.done_without() | ranks))
 
+    def unaffordable(self, silent_s: float, replaced: bool) -> set[int]:
+        """Workers whose work others must do before the next token, of those that are lost or, unless 0, silent for so long; none if the
+        root can go on without them until it has been `replaced` between tokens."""
+        gone = self._crew.gone(silent_s) if silent_s else self._crew.lost()
+        return set() if gone and replaced and self.affords_always(gone) else gone
+
     def stop_asking(self, kind: Kind, layer: int) -> None:
         """Workers with too many requests before them get no more."""
         overrun = self._crew.overrun(self._crew.asked(kind, layer)[1])

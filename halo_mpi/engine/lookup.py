@@ -18,14 +18,16 @@ FORGOTTEN = 0.03  # of what was seen, in a pass: so even where nothing is ever r
 
 @dataclass(slots=True)
 class PassCounts:
-    """Passes after the prompt's, guesses that were computed in them, and tokens that a pass gave beyond one."""
+    """Passes after the prompt's, guesses that were computed in them, and tokens that they gave beyond one each. `prefix`: tokens of
+    the prompt that the caches held."""
 
     passes: int = 0
     proposed: int = 0
     accepted: int = 0
+    prefix: int = 0
 
     def __add__(self, other: "PassCounts") -> "PassCounts":
-        return PassCounts(self.passes + other.passes, self.proposed + other.proposed, self.accepted + other.accepted)
+        return PassCounts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
     def to_dict(self) -> dict:
         tokens = (self.passes + self.accepted) / self.passes if self.passes else None

@@ -14,6 +14,7 @@ import numpy as np
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import UNKNOWN_S, Crew, WorkersGone
 from halo_mpi.engine.doing_without import DoingWithout
+from halo_mpi.engine.held_text import HeldText
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.late_sums import LateSums
@@ -53,9 +54,8 @@ class Root:
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        history = None
-        if link.workers and keeps:
-            history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire)
+        kept = keeps and link.workers
+        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if kept else None
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note, warn)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
@@ -64,14 +64,20 @@ class Root:
         self._check = Check() if sync.check else None
         self._without = DoingWithout(self.crew, self._sums, predictor, config.layers, self._relaxed, self._drops, self._check)
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
-        self._epoch, self._text = 0, []
-        self._whole = True  # the caches hold the text so far
+        self._epoch, self._text, self._whole = 0, HeldText(), True  # whole: the caches hold the text so far
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
-    def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them, valid until the next call."""
-        for start in range(0, len(tokens), PREFILL_ROWS):
+    def held(self, tokens: list[int]) -> int:
+        """How many of a new text's first tokens need not be computed, since the caches hold them; not the last."""
+        at_home = self.mover.idle and self.crew.all_at_work() and (self.rescue is None or self.rescue.settled)
+        return self._text.shared(tokens[:-1]) if at_home else 0
+
+    def prefill(self, tokens: list[int], held: int = 0) -> np.ndarray:
+        """Compute a new text's first tokens, but for the `held`, in chunks; logits f32 [V] after the last, valid until the next call."""
+        if held:
+            self.predictor.begin_text()
+        for start in range(held, len(tokens), PREFILL_ROWS):
             x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
         return self._logits(x[-1:])[0]
 
@@ -88,9 +94,9 @@ class Root:
 
     def _compute(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
         """The last residual vectors [T, D] of the tokens, whoever is lost meanwhile."""
-        self._text[position:] = tokens
         if position == 0:
             self.crew.begin_text(wait_for_all=not (self.rescue and self.rescue.silent_s))
+        self._text.compute(tokens, position, exact=not (self._relaxed and (decoding or self.crew.done_without())))
         self._link.touch()
         while True:
             try:
@@ -103,11 +109,8 @@ class Root:
 
     def _rescue(self, position: int, decoding: bool) -> None:
         """Let others do the work of those that the root cannot do without; in relaxed mode the replacer may see to it later."""
-        gone, rescue = self.crew.done_without(), self.rescue
-        if gone and self._relaxed and decoding:
-            gone = self.crew.gone(rescue.silent_s) if rescue.silent_s else self.crew.lost()
-            if self.replacer and self.mover.may_move and self._without.affords_always(gone):
-                gone = set()
+        rescue, replaces = self.rescue, self.replacer is not None and self.mover.may_move
+        gone = self._without.unaffordable(rescue.silent_s, replaces) if self._relaxed and decoding else self.crew.done_without()
         if rescue.with_work(gone):
             self._whole &= rescue.take_over(position, self._epoch)
         elif not self.mover.idle:
@@ -116,7 +119,7 @@ class Root:
             rescue.before_token(position, self._epoch)
         if not self._whole:
             for start in range(0, position, PREFILL_ROWS):
-                self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
+                self._forward(self._text.tokens[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
             self._whole = True
 
     def _forward(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:

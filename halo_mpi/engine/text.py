@@ -90,7 +90,8 @@ def tokens_after(root: Root, text: list[int], longest: int, sampler: Sampler, en
     """
     text, begin, guesses = list(text), time.perf_counter(), []
     guesser.begin(text)
-    logits = [root.prefill(text)]
+    counts.prefix = root.held(text)
+    logits = [root.prefill(text, counts.prefix)]
     while True:
         chosen = []
         for row, guess in zip(logits, [*guesses, None]):
