@@ -71,8 +71,8 @@ class Sampler:
         """
         require_finite(logits)
         how = self._sampling
-        if how.temperature == 0 and how.repetition_penalty == 1 and not self._banned:
-            return int(logits.argmax())
+        if how.temperature == 0 and how.repetition_penalty == 1 and (best := int(logits.argmax())) not in self._banned:
+            return best
         logits = logits.astype(np.float64)
         if how.repetition_penalty != 1:
             seen = np.unique(np.array(text, np.int64))
