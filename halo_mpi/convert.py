@@ -25,7 +25,7 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES),
-              help="Storage of the weights; int4 and int8 are computed with as they are, the others as f32, slowly. Default: the nearest to "
+              help="Storage of the weights; int4 and int8 are computed as they are, the others as f32, slowly. Default: the nearest to "
                    "the source's own.")  # fmt: skip
 @click.option("--shards", default=4, show_default=True, help="Files the heads and FFN groups are spread over.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
