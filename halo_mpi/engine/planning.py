@@ -15,7 +15,7 @@ from halo_mpi.engine.read_speed import read_gbps
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.memory import BASE_BYTES, available_bytes
+from halo_mpi.schedule.memory import available_bytes
 from halo_mpi.schedule.moving import ends_spared
 from halo_mpi.schedule.placement import Disks, Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
-    program = max(0, BASE_BYTES - psutil.Process().memory_info().rss)  # what this rank will take beside weights and cache
+    program = max(0, session.kernel.program_bytes - psutil.Process().memory_info().rss)  # what this rank will take beside weights and cache
     free = max(0, available_bytes() // session.ranks_on_host - program)
     budget, store = session.run.memory, session.store
     reads = (

@@ -99,6 +99,7 @@ def _reside(parts: list[Part], budget: int | None) -> Residence:
 
 def _check(session: Session, weights: int, cache: int) -> None:
     resident = psutil.Process().memory_info().rss
-    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.run.memory)
+    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.run.memory,
+                session.kernel.program_bytes)  # fmt: skip
     needs = gather(session.comm, {name: getattr(mine, name) for name in Need.__slots__})
     session.on_root(lambda: check_memory([Need(**need) for need in needs], session.context))

@@ -8,8 +8,6 @@ import psutil
 
 from halo_mpi.errors import MemoryBudgetError
 
-BASE_BYTES = 320 * 2**20  # interpreter, torch and MPI of one rank: 284 to 324 MB (rss_bytes - weights_bytes in reports)
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -31,6 +29,7 @@ class Need:
     resident: int  # already taken by the program itself
     available: int  # free on the host, shared by its ranks
     budget: int | None  # --memory, of weights and cache of one rank
+    program: int  # what the program will take in the end, beside weights and cache
 
 
 def available_bytes() -> int:
@@ -79,7 +78,7 @@ def check_memory(needs: list[Need], context: int) -> None:
             )
     for machine in sorted({need.machine for need in needs}):
         here = [need for need in needs if need.machine == machine]
-        programs = sum(max(0, BASE_BYTES - need.resident) for need in here)
+        programs = sum(max(0, need.program - need.resident) for need in here)
         total = sum(need.weights + need.cache for need in here) + programs
         free = min(need.available for need in here)
         if total > free:
