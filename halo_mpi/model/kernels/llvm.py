@@ -19,7 +19,7 @@ class Compiled:
     """The kernel `llvm`. `dtype`: of the layers' weights, int4 or int8; the vocabulary's are int8."""
 
     name = "llvm"
-    program_bytes = 230 * 2**20  # interpreter, LLVM and MPI: 202 to 221 MB (rss_bytes - weights_bytes in reports)
+    program_bytes = 270 * 2**20  # interpreter, LLVM and MPI: 188 to 220 MiB (rss_bytes - weights_bytes in reports), 265 where it compiles
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32"):
         self.sizes, self.isa, self._team = Sizes(config, dtype, "int8", cache), products().isa, Team(threads)
