@@ -158,7 +158,7 @@ def test_a_start_that_fails_for_want_of_a_rank_is_tried_three_times_more_with_mo
     for _ in range(3):
         patience.append(known.most_s)
         assert after(137, None, False, 0.0, stage="mpi", hung="MPI did not start") == "MPI did not start; starting again"
-    assert patience == [20, 40, 60] and known.most_s == 60
+    assert patience == [30, 60, 120] and known.most_s == 120
     with pytest.raises(LaunchError, match="4th time"):
         after(1, 1, False, 0.0, stage="lost")
 
@@ -175,8 +175,8 @@ def test_without_restarts_the_program_has_the_last_word(restarts):
     known, after = restarts
     known.allowed = False
     assert after(1, 1, False, 0.0, stage="lost") is None
-    with pytest.raises(LaunchError, match="MPI did not start in 20 s"):
-        after(137, None, False, 0.0, stage="mpi", hung="MPI did not start in 20 s")
+    with pytest.raises(LaunchError, match="MPI did not start in 30 s"):
+        after(137, None, False, 0.0, stage="mpi", hung="MPI did not start in 30 s")
 
 
 def test_an_mpirun_that_fails_itself_is_not_started_again(restarts):

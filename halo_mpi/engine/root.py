@@ -86,9 +86,9 @@ class Root:
         return self.steps([token], position)[0]
 
     def steps(self, tokens: list[int], position: int) -> np.ndarray:
-        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each, valid as before.
+        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each.
 
-        What was computed from `position` on before, of guesses that were wrong, is forgotten.
+        They are valid until the next call. What was computed from `position` on before, of guesses that were wrong, is forgotten.
         """
         return self._logits(self._compute(tokens, position, decoding=True))
 
@@ -209,6 +209,8 @@ class Root:
                  patience_s: Callable[[int], float]) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
+        if not link.workers:
+            return {}, set()
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
         own_done = link.waiter.now()
         vigil = Vigil(own_done)

@@ -1,7 +1,7 @@
 """Numba as it is used here: without the GIL and without checks.
 
     step    is compiled into what calls it
-    entry   is called from Python, and kept on disk
+    entry   is called from Python, and kept on disk; entry_adding_up may add in an order that is faster, but always the same
     part    is called by its address, and kept on disk
 
 Numba looks for changes only in the file of an entry, not in those of the steps that are part of it. So all is kept in a folder
@@ -28,6 +28,7 @@ numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(cache_folder() / f"numba-
 
 step = numba.njit(nogil=True, error_model="numpy")
 entry = numba.njit(nogil=True, error_model="numpy", cache=True)
+entry_adding_up = numba.njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "contract"})
 
 
 def part(function: Callable, arguments: int) -> CFunc:

@@ -6,6 +6,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.compiled import products
 from halo_mpi.model.kernels.normalize import normalize
 from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
+from halo_mpi.model.kernels.team import Team
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes, tiles_across, tiles_down
 from halo_mpi.model.layer_weights import LayerWeights
 from halo_mpi.model.sizes import Shape, Sizes
@@ -20,7 +21,8 @@ class Compiled:
     name = "llvm"
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32"):
-        self.sizes, self.threads, self.isa = Sizes(config, dtype, "int8", cache), threads, products().isa
+        self.sizes, self.isa, self._team = Sizes(config, dtype, "int8", cache), products().isa, Team(threads)
+        self.threads = self._team.threads
 
     def prepare(self) -> None:
         """Call everything once, with next to nothing to do."""
@@ -43,7 +45,9 @@ class Compiled:
         return normalize(x, weight, eps)
 
     def share(self, layers: list[LayerWeights], context: int) -> CompiledShare:
-        return CompiledShare(self.sizes.config, layers, context, np.float16 if self.sizes.cache_dtype == "f16" else np.float32)
+        return CompiledShare(
+            self.sizes.config, layers, context, np.float16 if self.sizes.cache_dtype == "f16" else np.float32, self._team
+        )
 
     def head(self, matrix: Tiles, rows: int) -> CompiledHead:
-        return CompiledHead(matrix, rows, self.sizes.config.hidden)
+        return CompiledHead(matrix, rows, self.sizes.config.hidden, self._team)

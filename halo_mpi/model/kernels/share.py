@@ -26,7 +26,7 @@ class CompiledShare:
     """
 
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
-                 threads: int = 1):  # fmt: skip
+                 team: Team | None = None):  # fmt: skip
         self.config = config
         self.layers = layers
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
@@ -35,7 +35,7 @@ class CompiledShare:
         self._angles = config.rotary_tables(context)  # cos, sin, f32 [context, head_dim / 2]
         self._attention: list[BoundAttention | None] = [None] * len(layers)
         self._ffn: list[BoundFfn | None] = [None] * len(layers)
-        self.team, self._parts, self._hidden = Team(threads), parts(), config.hidden
+        self.team, self._parts, self._hidden = team or Team(1), parts(), config.hidden
         self._work = Work(self.team)
         self._sums = Results(config.hidden), Results(config.hidden)  # of attention, of the FFN
 
@@ -81,7 +81,7 @@ class CompiledShare:
 
 
 class CompiledHead:
-    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding. `team`: a share's."""
+    """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding."""
 
     def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, team: Team | None = None):
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden
