@@ -40,11 +40,13 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: 
     """Show who would compute what, why, and the time per token that strict mode would take.
 
     The devices are measured in about a second, or read from a file: {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"}, {"name":
-    "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "loss": 0.02}]}, the root first; speed in GB/s of weights that a
-    matrix-vector product reads, link_ms an empty request and its answer, loss of packets per direction. With "read_gbps", GB/s of
-    weights that its disk gives, a device may get more than its memory holds.
+    "pi4", "count": 3, "speed": 3.0, "memory": "3G", "link_ms": 0.4, "mbit": 1000, "loss": 0.02}]}, the root first; speed in GB/s of weights
+    that a matrix-vector product reads, link_ms an empty request and its answer, mbit of its line (the head is split only where that is
+    known), loss of packets per direction. With "read_gbps", GB/s of weights that its disk gives, a device may get more than its memory
+    holds.
     """
     from halo_mpi.schedule.advice import advise
+    from halo_mpi.schedule.head import best_head, most_rows, with_head
     from halo_mpi.schedule.shares import Work
 
     def check() -> None:
@@ -78,10 +80,12 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: 
         advice = session.on_root(lambda: advise(cluster, work, bool(session.store.meta.get("calibration"))))
         if not session.is_root:
             return
+    head = best_head(cluster, work, advice.shares, most_rows(config.hidden))
+    advice = with_head(advice, head)
     if wanted:
-        click.echo(json.dumps(as_json(config, cluster, work, advice) | losses_as_json(cluster, work)))
+        click.echo(json.dumps(as_json(config, cluster, work, advice, head) | losses_as_json(cluster, work)))
     else:
-        print_plan(config, cluster, work, advice)
+        print_plan(config, cluster, work, advice, head)
 
 
 def _sizes_of_model(model: Path, dtype: str | None) -> Sizes:

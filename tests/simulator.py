@@ -11,19 +11,22 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 
+from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.root import Root
+from halo_mpi.engine.split_head import OwnRows, SplitHead, ranges
 from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import make_kernel
-from halo_mpi.model.loading import share_parts
+from halo_mpi.model.loading import HeadBlock, scores_part, share_parts
 from halo_mpi.model.norms import load_norms
 from halo_mpi.schedule.placement import make_plan
+from halo_mpi.schedule.residence import reside
 from halo_mpi.store.reader import ModelStore
 from halo_mpi.wire.messages import Kind, Message
 from halo_mpi.wire.root_link import RootLink
@@ -107,7 +110,8 @@ class Box:
 
 
 class Simulation:
-    """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds."""
+    """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds;
+    `rows`: of the head, by rank, if it is split."""
 
     def __init__(
         self,
@@ -120,6 +124,7 @@ class Simulation:
         keeps: bool | None = None,
         kernel: str = "reference",
         cache: str = "f32",
+        rows: list[int] | None = None,
     ):
         store = ModelStore(model)
         config = self.config = ModelConfig.from_dict(store.meta["config"])
@@ -138,13 +143,17 @@ class Simulation:
             outward.peers = {rank: boxes[rank]}
             boxes[0].peers[rank] = _Direction(outward, rank)
             link = WorkerLink(boxes[rank], self.clock)
-            self.workers[rank] = Worker(link, self.holdings[rank], Marks(None, rank))
+            own = self._own_rows(store, rows, rank, sync.wire) if rows and rows[rank] else None
+            self.workers[rank] = Worker(link, self.holdings[rank], Marks(None, rank), own)
             self.clock.turns.append(_turns(self.clock, self.workers[rank], link, itertools.cycle(stalls[rank])))
         workers = list(range(1, ranks))
         link = RootLink(_RootBox(boxes[0]), workers, sync.kick_ms / 1e3, sync.deadline_ms / 1e3, self.clock)
         self.boxes, self.notes = boxes, []
         predictor = make_predictor(store, config, plan, ranks, sync.calibration)
         norms, vocabulary = load_norms(store, config), HeldVocabulary(store, self.kernel)
+        if rows:
+            vocabulary = SplitHead(vocabulary, rows, link, sync.wire, 64, lambda rank: self.root.crew.does_without(rank))
+        self.vocabulary = vocabulary
         keeps = sync.mode == "relaxed" if keeps is None else keeps
         note = self.notes.append
         self.root = root = Root(
@@ -154,6 +163,14 @@ class Simulation:
             silent_s = sync.takeover_ms / 1e3
             root.rescue = Rescue(disks, silent_s, root.crew, root.mover, link, self.notes.append, lambda phase: None)
         self.store = store
+
+    def _own_rows(self, store, rows, rank, wire) -> OwnRows:
+        start, stop = ranges(rows)[rank]
+        block = HeadBlock()
+        part = scores_part(store, self.kernel, start, stop, block)
+        part.make_room()
+        part.read()
+        return OwnRows(self.kernel, stop - start, block, Loader([], reside([], None)), wire)
 
     def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)

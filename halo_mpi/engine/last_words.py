@@ -35,6 +35,7 @@ def device_of(session: Session, rank: int, measured: dict | None) -> dict:
         **measured,
         "groups": int((plan.ffn == rank).sum()),
         "heads": int((plan.query == rank).sum()),
+        "head_rows": session.head_rows[rank],
         "speed": round(measured["weights_bytes"] * tokens / compute_s / 1e9, 3)
         if compute_s and not session.root.mover.number
         else None,

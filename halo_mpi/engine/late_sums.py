@@ -7,7 +7,7 @@ from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.ledger import Ledger
 from halo_mpi.engine.open_sums import OpenSum, OpenSums
 from halo_mpi.engine.predictor import Key, Predictor
-from halo_mpi.wire.root_link import Answer
+from halo_mpi.wire.peer import Answer
 
 
 class LateSums:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.ledger import Ledger
-from halo_mpi.wire.root_link import Peer
+from halo_mpi.wire.peer import Peer
 
 LIVE_S, SNAPSHOT_S = 0.25, 10.0  # between two drawings
 RECENT = 32  # tokens whose speed is shown

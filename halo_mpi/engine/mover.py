@@ -22,7 +22,8 @@ from halo_mpi.errors import HaloError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.placement import Change, Plan, changed_keys
 from halo_mpi.wire.messages import PLANS, TEXT_ROWS, rows_text, text_rows
-from halo_mpi.wire.root_link import Peer, RootLink
+from halo_mpi.wire.peer import Peer
+from halo_mpi.wire.root_link import RootLink
 
 STEP_BYTES = 48 * 2**20  # of matrices and cache that a rank holds twice, at most, if one layer's are not more
 PORTION_BYTES, MOST_BYTES = 32 * 2**10, 2 * 2**20  # of attention inputs, before a token

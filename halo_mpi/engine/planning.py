@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-import psutil
 
 from halo_mpi.engine.predictor import predictor_bytes
 from halo_mpi.engine.profile import measure_cluster
@@ -15,7 +14,8 @@ from halo_mpi.engine.read_speed import read_gbps
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.memory import available_bytes
+from halo_mpi.schedule.head import F16_BYTES, MOST_TOKENS, HeadSplit, best_head, counted, even_rows, most_rows, with_head
+from halo_mpi.schedule.memory import free_bytes
 from halo_mpi.schedule.moving import ends_spared
 from halo_mpi.schedule.placement import Disks, Plan, make_plan
 from halo_mpi.schedule.shares import Shares, Work, with_cost
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
-    program = max(0, session.kernel.program_bytes - psutil.Process().memory_info().rss)  # what this rank will take beside weights and cache
-    free = max(0, available_bytes() // session.ranks_on_host - program)
+    free = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
     budget, store = session.run.memory, session.store
     reads = (
         budget is not None and budget <= free
@@ -53,6 +52,7 @@ class Basis:
     cluster: Cluster
     work: Work
     advice: Advice
+    head: HeadSplit
 
 
 def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
@@ -74,14 +74,35 @@ def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
             advice = None  # the check of memory says what is lacking, of even shares
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
-            basis = Basis(cluster, work, advice)
             plan = ends_spared(plan, advice.unstable, session.kernel.sizes, cluster, work, available)
-            session.scheduler = as_json(config, cluster, work, advice)
-            _explain(session, advice, with_cost(cluster, work, *plan.counts(comm.size)))
+            shares = with_cost(cluster, work, *plan.counts(comm.size))
+            head = _head(session, cluster, work, shares)
+            basis = Basis(cluster, work, advice, head)
+            session.scheduler = as_json(config, cluster, work, with_head(advice, head), head)
+            _explain(session, advice, counted(shares, head))
         return plan
 
     plan = session.on_root(decide)
     return Plan.from_dict(broadcast(comm, plan.to_dict() if plan else None)), available, basis
+
+
+def plan_head(session: Session, basis: Basis | None) -> tuple[list[int], int]:
+    """How many rows of the head each rank is to score, and of how many tokens at once (collective)."""
+    vocabulary, ranks = session.config.vocabulary, session.comm.size
+    rows, tokens = [vocabulary] + [0] * (ranks - 1), MOST_TOKENS
+    if session.run.head == "split":
+        rows = even_rows(vocabulary, ranks, most_rows(session.config.hidden))
+    elif basis:
+        rows, tokens = list(basis.head.rows), basis.head.tokens
+    return broadcast(session.comm, (rows, tokens))
+
+
+def _head(session: Session, cluster: Cluster, work: Work, shares: Shares) -> HeadSplit:
+    """What `--head` leaves to the scheduler."""
+    if session.run.head != "auto":
+        cluster = replace(cluster, devices=[replace(device, kb_ms=None) for device in cluster.devices])
+    score_bytes = 4 if session.run.sync.wire == "f32" else F16_BYTES
+    return best_head(cluster, work, shares, most_rows(session.config.hidden), score_bytes)
 
 
 def _root_extra(session: Session) -> int:

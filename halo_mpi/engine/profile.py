@@ -29,6 +29,7 @@ SAMPLE_CONTEXT = 256  # tokens in the KV cache
 LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however noisy the machine
 HEAD_TIMES, GROUP_TIMES = 7, 5
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
+LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
 SLOW = 1.5  # times the usual computing
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
@@ -44,15 +45,15 @@ def measure_cluster(
     trials = gather(comm, computing.trial_ms)
     computing.usual_ms = broadcast(comm, np.median(trials, axis=0).tolist() if comm.rank == 0 else None)
     if comm.rank:
-        link.greet(ALONE + TOGETHER)
+        link.greet(ALONE + TOGETHER + LONG_ALONE + LONG_TOGETHER)
         link.greet(BUSY, computing.work)
         return None
     if not link.workers:
         return Cluster([Device(**devices[0])], head_ms=head_ms)
-    links, further_ms = _links(link, kernel.sizes.config.hidden)
+    links, further_ms, kb_ms = _links(link, kernel.sizes.config.hidden)
     sync_ms = _busy_ms(link, kernel.sizes.config.hidden, computing, trials, links) - further_ms * (len(links) - 1)
     found = [Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)]
-    return Cluster(found, max(0.0, sync_ms), further_ms, head_ms)
+    return Cluster(found, max(0.0, sync_ms), further_ms, head_ms, kb_ms)
 
 
 class Computing:
@@ -152,8 +153,8 @@ class OneGroup:
         return float(np.median(times[1:]))
 
 
-def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float]:
-    """`link_ms`, `late_rate` and `late_ms` by worker, and what each further worker adds to a sync."""
+def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float, float]:
+    """`link_ms`, `late_rate`, `late_ms` and `kb_ms` by worker, and what each further one adds to a sync, and each KB of their answers."""
     x = np.full((1, width), 0.5, np.float32)
     alone = {rank: float(np.median([link.echo(x, [rank])[0] for _ in range(ALONE)])) * 1e3 for rank in link.workers}
     together_ms = np.array([link.echo(x, link.workers) for _ in range(TOGETHER)]) * 1e3  # [rounds, workers]
@@ -169,7 +170,19 @@ def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], flo
             "late_rate": len(late) / len(times) if known else 0.0,
             "late_ms": float(late.mean()) - usual if known else 0.0,
         }
-    return found, further_ms
+    kb_ms = _kb_ms(link, x, found, slowest)
+    return found, further_ms, kb_ms
+
+
+def _kb_ms(link: RootLink, x: np.ndarray, found: dict[int, dict[str, float]], together_ms: float) -> float:
+    """What each KB of long answers takes from all workers at once; adds each one's own to `found`. `together_ms`: of short ones."""
+    rows = max(1, LONG_BYTES // (4 * x.size))
+    kb = 4 * rows * x.size / 1e3
+    for rank, own in found.items():
+        long_ms = float(np.median([link.echo(x, [rank], rows=rows)[0] for _ in range(LONG_ALONE)])) * 1e3
+        own["kb_ms"] = max(0.0, long_ms - own["link_ms"]) / kb
+    long_ms = float(np.median([max(link.echo(x, link.workers, rows=rows)) for _ in range(LONG_TOGETHER)])) * 1e3
+    return max(0.0, long_ms - together_ms) / (kb * len(found))
 
 
 def _busy_ms(link: RootLink, width: int, computing: Computing, trials: list[list[float]], links: dict) -> float:

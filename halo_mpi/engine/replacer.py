@@ -15,7 +15,8 @@ from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import Target, Watch
 from halo_mpi.wire.messages import Kind
-from halo_mpi.wire.root_link import Answer, RootLink
+from halo_mpi.wire.peer import Answer
+from halo_mpi.wire.root_link import RootLink
 
 PROBE_S = 0.2  # between two probes of a worker that has nothing to do
 GONE_S = 3.0  # that a worker is away, before its work moves

@@ -25,11 +25,13 @@ from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
 from halo_mpi.engine.parting import Parting
-from halo_mpi.engine.planning import Basis, plan_run
+from halo_mpi.engine.planning import Basis, plan_head, plan_run
 from halo_mpi.engine.predictor import make_predictor
 from halo_mpi.engine.replacer import Replacer
 from halo_mpi.engine.rescue import Rescue
 from halo_mpi.engine.root import PREFILL_ROWS, Root
+from halo_mpi.engine.split_head import SplitHead
+from halo_mpi.engine.vocabulary import Vocabulary
 from halo_mpi.engine.weights import Weights
 from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import EXIT_DONE, EXIT_LOST
@@ -93,6 +95,7 @@ class Session:
         self.keeps = self.is_root and self._keeps_inputs()
         try:
             self.plan, disks, basis = plan_run(self)
+            self.head_rows, self._head_tokens = plan_head(self, basis)
             self.weights = Weights(self, loaded)
             streams = any(gather(self.comm, self.weights.loader.residence.streamed_bytes))
             predictor = self.on_root(
@@ -109,7 +112,7 @@ class Session:
             self.root = Root(
                 self.config,
                 weights.norms,
-                weights.vocabulary,
+                self._vocabulary(weights),
                 weights.holdings,
                 self.plan,
                 self.link,
@@ -130,8 +133,19 @@ class Session:
             self.monitor = Monitor(self.hosts, self.link.peers, self.root.crew, self.root.ledger, self.run.verbose)
         else:
             weights.loader.meanwhile = weights.holdings.meanwhile = self.link.hear
-            self.worker = Worker(self.link, weights.holdings, self.marks)
+            self.worker = Worker(self.link, weights.holdings, self.marks, weights.own_rows)
         stage.work_begins()
+
+    def _vocabulary(self, weights: Weights) -> Vocabulary:
+        """The root's, with the workers' help if they have rows of the head."""
+        rows = self.head_rows = weights.head_rows
+        if not any(rows[1:]):
+            return weights.vocabulary
+        self.event(f"the head is split: {rows} rows by rank")
+        return SplitHead(
+            weights.vocabulary, rows, self.link, self.run.sync.wire, self._head_tokens,
+            lambda rank: self.root.crew.does_without(rank),
+        )  # fmt: skip
 
     def connect(self) -> None:
         """Open and tune the connections between the root and the workers (collective)."""
@@ -273,6 +287,6 @@ class Session:
     def _with_roots_options(self, run: RunOptions) -> RunOptions:
         """The root's options with this rank's own model folder, which may lie elsewhere on this host."""
         sync = SyncOptions(**broadcast(self.comm, asdict(run.sync)))
-        names = ("kernel", "cache", "placement", "moves", "memory", "threads", "load_first", "verbose")
+        names = ("kernel", "cache", "placement", "head", "moves", "memory", "threads", "load_first", "verbose")
         shared = broadcast(self.comm, {name: getattr(run, name) for name in names})
         return replace(run, sync=sync, **shared)

@@ -28,8 +28,8 @@ class HeldVocabulary:
 
     def __init__(self, store: ModelStore, kernel: Kernel):
         self._embedding = load_table(store, kernel, "embedding")
-        self._head = self._embedding if kernel.sizes.config.tied else load_table(store, kernel, "head")
-        self.embed, self.logits = self._embedding.rows, self._head.logits
+        self.head = self._embedding if kernel.sizes.config.tied else load_table(store, kernel, "head")
+        self.embed, self.logits = self._embedding.rows, self.head.logits
         self.nbytes = kernel.sizes.vocabulary_bytes()
 
 

@@ -11,13 +11,14 @@ from halo_mpi.engine.agreement import AgreedError
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.predictor import predictor_bytes
+from halo_mpi.engine.split_head import OwnRows, ranges
 from halo_mpi.engine.vocabulary import HeldVocabulary, ReadVocabulary, Vocabulary
-from halo_mpi.model.loading import Part, head_parts, share_parts
+from halo_mpi.model.loading import HeadBlock, Part, head_parts, scores_part, share_parts
 from halo_mpi.model.norms import Norms, load_norms
 from halo_mpi.model.sizes import shape_bytes
-from halo_mpi.schedule.memory import Need, available_bytes, check_memory
+from halo_mpi.schedule.memory import Need, available_bytes, check_memory, free_bytes
 from halo_mpi.schedule.residence import Residence, reside
-from halo_mpi.wire.exchange import gather
+from halo_mpi.wire.exchange import broadcast, gather
 
 if TYPE_CHECKING:
     from halo_mpi.engine.session import Session
@@ -34,6 +35,7 @@ class Weights:
     norms: Norms | None = None  # on the root
     vocabulary: Vocabulary | None = None  # on the root
     loader: Loader | None = None
+    own_rows: OwnRows | None = None  # of the head, on a worker that has some
 
     def __init__(self, session: Session, loaded: Callable[[], None]):
         store, config, kernel, run, is_root = session.store, session.config, session.kernel, session.run, session.is_root
@@ -48,6 +50,14 @@ class Weights:
         budget = None if run.memory is None else run.memory - beside - cache
         room = None if run.memory is None else run.memory - beside - vocabulary - (session.kept_bytes if is_root else 0)
         residence, blocks = _reside(parts, None if budget is None else budget - vocabulary), []
+        self.head_rows = _head_rows(session, residence, vocabulary + beside + cache)
+        start, stop = ranges(self.head_rows)[session.comm.rank]
+        self._scored = 0 if is_root else shape_bytes(kernel.sizes.scores(stop - start))
+        if self._scored:
+            rows = HeadBlock()
+            parts = [*parts, scores_part(store, kernel, start, stop, rows)]
+            residence = _reside(parts, None)
+            room = None if room is None else room - self._scored
         if is_root and residence.streamed_bytes:
             blocks, head = head_parts(store, kernel)
             parts, vocabulary = [*parts, *head], 0
@@ -63,6 +73,8 @@ class Weights:
                         self.vocabulary = ReadVocabulary(store, kernel, blocks, self.loader.need, 2 * config.layers)
                     else:
                         self.vocabulary = HeldVocabulary(store, kernel)
+                if self._scored:
+                    self.own_rows = OwnRows(kernel, stop - start, rows, self.loader, run.sync.wire)
                 if run.load_first:
                     self.loader.load()
                 share = kernel.share(layers, session.context)
@@ -83,7 +95,8 @@ class Weights:
     def to_dict(self) -> dict:
         """For the report's device."""
         residence, vocabulary = self.loader.residence, self.vocabulary.nbytes if self.vocabulary else 0
-        whole = vocabulary + (sum(residence.sizes) if residence.streamed_bytes else self.holdings.weights_bytes)
+        held = self.holdings.weights_bytes + self._scored
+        whole = vocabulary + (sum(residence.sizes) if residence.streamed_bytes else held)
         return {
             "weights_bytes": whole,
             "resident_bytes": residence.nbytes + vocabulary if residence.streamed_bytes else whole,
@@ -95,6 +108,22 @@ class Weights:
 
 def _reside(parts: list[Part], budget: int | None) -> Residence:
     return reside([shape_bytes(part.shapes) for part in parts], budget)
+
+
+def _head_rows(session: Session, residence: Residence, beside: int) -> list[int]:
+    """The head's rows by rank, as planned, but the root's where there is no room for them (collective). `beside`: bytes of the rest."""
+    planned, rank = session.head_rows, session.comm.rank
+    if not any(planned[1:]):
+        return planned
+    budget = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
+    if session.run.memory is not None:
+        budget = min(budget, session.run.memory)
+    needed = residence.nbytes + beside + (shape_bytes(session.kernel.sizes.scores(planned[rank])) if rank else 0)
+    fits = gather(session.comm, not residence.streamed_bytes and needed <= budget)
+    if session.is_root:
+        workers = [own if fits[0] and fit else 0 for own, fit in zip(planned[1:], fits[1:])]
+        planned = [session.config.vocabulary - sum(workers), *workers]
+    return broadcast(session.comm, planned)
 
 
 def _check(session: Session, weights: int, cache: int) -> None:

@@ -12,6 +12,7 @@ from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.mover import from_rows
 from halo_mpi.engine.profile import OneGroup
+from halo_mpi.engine.split_head import OwnRows
 from halo_mpi.errors import HaloError
 from halo_mpi.wire.messages import Kind, RangeError
 from halo_mpi.wire.worker_link import Request, RootGone, WorkerLink
@@ -20,13 +21,13 @@ APPEND_SHARE = 0.25  # of an attention request's time, for a lab's pace: two of 
 
 
 class Worker:
-    """Answers the root's requests. `compute_s` counts the seconds of computing.
+    """Answers the root's requests. `rows`: of the head, if it has some; `compute_s` counts the seconds of computing.
 
     If it cannot do its part any more (a damaged shard, memory), it says so and does nothing but hear, until the root says stop.
     """
 
-    def __init__(self, link: WorkerLink, holdings: Holdings, marks: Marks):
-        self._link, self._holdings, self._marks = link, holdings, marks
+    def __init__(self, link: WorkerLink, holdings: Holdings, marks: Marks, rows: OwnRows | None = None):
+        self._link, self._holdings, self._marks, self._rows = link, holdings, marks, rows
         self._preparing: int | None = None  # a plan
         self._group: OneGroup | None = None  # for probes
         self._failed = False
@@ -64,6 +65,9 @@ class Worker:
             self._group = self._group or OneGroup(self._holdings.kernel, self._holdings.ranks, self._marks)
             self._link.answer(request, None, self._group.usual_s())
             return True
+        if request.kind == Kind.HEAD:
+            self._score(request)
+            return True
         if request.kind != Kind.REFILL:
             self._holdings.follow(request.plan)
             if self._link.is_current(request) and (request.kind != Kind.FFN or self._link.is_useful(request)):
@@ -78,6 +82,17 @@ class Worker:
             y.fill(np.nan)
         self._link.answer(request, y, took_s)
         return True
+
+    def _score(self, request: Request) -> None:
+        """Answer with the logits of the own rows, unless the root has gone on or they are not loaded yet."""
+        begin = time.perf_counter()
+        y = self._rows.scores(request.x) if self._rows and self._link.is_useful(request) else None
+        self._marks.pace(begin, 0.0)
+        took_s = time.perf_counter() - begin
+        self.compute_s += took_s
+        if y is not None and self._marks.spoils():
+            y.fill(np.nan)
+        self._link.answer(request, y, took_s, self._rows and self._rows.wire)
 
     def _prepare(self, request: Request) -> None:
         """Begin to load what the request says that this rank will have."""

@@ -94,6 +94,11 @@ def head_parts(store: ModelStore, kernel: Kernel) -> tuple[list[HeadBlock], list
     ]
 
 
+def scores_part(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: HeadBlock) -> Part:
+    """What reads the head's rows from `start`, at a tile, to `stop` into `rows`."""
+    return Part(rows, kernel.sizes.scores(stop - start), partial(read_scores, store, kernel, start, stop, rows), kernel)
+
+
 def read_attention(
     store: ModelStore, kernel: Kernel, layer: int, query_heads: list[int], weights: LayerWeights, held: Held = NOTHING
 ) -> None:
@@ -179,6 +184,17 @@ def read_head(store: ModelStore, config: ModelConfig, number: int, block: HeadBl
     fill_vocabulary(store, config, "embedding" if config.tied else "head", number, block.rows, 0)
 
 
+def read_scores(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: HeadBlock) -> None:
+    """Read some rows of the head into the room that they have."""
+    config = kernel.sizes.config
+    table, hidden = "embedding" if config.tied else "head", slice(0, config.hidden)
+    layout = store.layout(table)
+    for block in range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK)):
+        before = block * VOCABULARY_BLOCK
+        first, last = max(start, before), min(stop, before + VOCABULARY_BLOCK)
+        fill(rows.rows, slice(first - start, last - start), hidden, layout, store.read(table, 0, block), "rows", first - before)
+
+
 def fill_vocabulary(store: ModelStore, config: ModelConfig, table: str, block: int, matrix: Any, start: int) -> None:
     """Read one block of the embedding or the head into a matrix, from row `start` on."""
     rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
@@ -186,17 +202,18 @@ def fill_vocabulary(store: ModelStore, config: ModelConfig, table: str, block: i
     fill(matrix, slice(start, start + rows), slice(0, config.hidden), layout, record, "rows")
 
 
-def fill(matrix: Any, rows: slice, columns: slice, layout: RecordLayout, record: np.ndarray, name: str) -> None:
-    """Write a matrix of a record, or its first rows and columns, into a part of a larger one; tiles need whole ones."""
+def fill(matrix: Any, rows: slice, columns: slice, layout: RecordLayout, record: np.ndarray, name: str, skipped: int = 0) -> None:
+    """Write a matrix of a record, or its first rows, but for some that are skipped, and columns, into a part of a larger one; tiles
+    need whole ones."""
     if isinstance(matrix, Tiles):
         stored = layout.parts[name]
         target = _tiles(matrix, rows, columns)
         source = stored_tiles(layout.bytes_of(record, name), stored.rows, stored.columns, stored.dtype)
-        down, across = target.scale.shape[:2]
-        target.put(source.part(slice(0, down), slice(0, across)))
+        (down, across), above = target.scale.shape[:2], skipped // TILE_ROWS
+        target.put(source.part(slice(above, above + down), slice(0, across)))
     else:
         values = layout.unpack(record, name)
-        np.asarray(matrix)[rows, columns] = values[: rows.stop - rows.start, : columns.stop - columns.start]
+        np.asarray(matrix)[rows, columns] = values[skipped : skipped + rows.stop - rows.start, : columns.stop - columns.start]
 
 
 def copy(matrix: Any, rows: slice, columns: slice, other: Any, other_rows: slice, other_columns: slice) -> None:

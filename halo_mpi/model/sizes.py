@@ -77,7 +77,10 @@ class Sizes:
 
     def head(self, block: int) -> Shapes:
         """What one block of the head needs."""
-        rows = min(VOCABULARY_BLOCK, self.config.vocabulary - block * VOCABULARY_BLOCK)
+        return self.scores(min(VOCABULARY_BLOCK, self.config.vocabulary - block * VOCABULARY_BLOCK))
+
+    def scores(self, rows: int) -> Shapes:
+        """What so many rows of the head need."""
         return {"rows": Shape((rows, self.config.hidden), self.vocabulary_dtype)}
 
     def table(self) -> Shape:

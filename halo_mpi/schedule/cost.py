@@ -31,6 +31,7 @@ class Device:
     read_gbps: float | None = None  # GB/s of f32 weights, decoded, that come from its disk; None: its memory must hold its share
     disk_heads: int | None = None  # of a layer, in the shards on its disk; None: all
     disk_groups: int | None = None
+    kb_ms: float | None = None  # of each KB of a long answer; None: not known
 
     def whole_ms(self, kind: Kind) -> float:
         return self.attention_ms if kind == Kind.ATTENTION else self.ffn_ms
@@ -47,7 +48,8 @@ class Cluster:
     devices: Sequence[Device]
     sync_ms: float = 0.0  # what a sync with workers takes beside the longest share
     further_ms: float = 0.0  # what each worker beyond the first adds to a sync
-    head_ms: float = 0.0  # of the vocabulary, once per token
+    head_ms: float = 0.0  # of the vocabulary, once per token, if the root does it alone
+    kb_ms: float | None = None  # of each KB of long answers that come to the root at once; None: not known
 
 
 @dataclass(frozen=True, slots=True)

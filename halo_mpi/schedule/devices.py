@@ -7,8 +7,9 @@
 The first device is the root. `speed`: GB/s at which it multiplies a matrix by a vector; or `attention_ms` and `ffn_ms`, and the other
 names of a Device, as `halo-mpi plan --json` prints them. `read_gbps`: with it a share may be larger than the memory; what does not fit is
 read at every token, so many GB/s of f32 weights, decoded. `sync_ms`: what a sync takes beside its longest share; `further_ms`: what each
-worker but the first adds. `mbit`: a message's own time is added to `link_ms`; the root's, which sends twice, to `further_ms`. `loss`: of
-packets, per direction, in place of `late_rate` and `late_ms`.
+worker but the first adds. `mbit`: a message's own time is added to `link_ms`; the root's, which sends twice, to `further_ms`; and it
+tells `kb_ms`, what each KB of a long answer takes, without which the head is not split. `loss`: of packets, per direction, in place of
+`late_rate` and `late_ms`.
 """
 
 import json
@@ -27,8 +28,8 @@ REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest 
 PACKET_BYTES = 1448
 COPIES = 2
 KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
-PRINTED = {"model", "chosen", "unstable", "options", "losses", "may_lose"}  # what `plan --json` says beside the devices
-EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"))
+PRINTED = {"model", "head", "chosen", "unstable", "options", "losses", "may_lose"}  # what `plan --json` says beside the devices
+EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"), ("mbit", "kb_ms"))
 MOST_DEVICES = 4096
 MOST = 1e9  # of any number here
 
@@ -46,8 +47,14 @@ def read_devices(path: Path, sizes: Sizes, context: int) -> Cluster:
     except ValueError as error:
         raise InputError(f"{path} is no JSON file ({' '.join(str(error).split())[:80]})") from error
     entries = content.get("devices") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries or set(content) - {"devices", "sync_ms", "further_ms", "head_ms"} - PRINTED:
-        raise InputError(f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "sync_ms", "further_ms" and "head_ms"')
+    if (
+        not isinstance(entries, list)
+        or not entries
+        or set(content) - {"devices", "sync_ms", "further_ms", "head_ms", "kb_ms"} - PRINTED
+    ):
+        raise InputError(
+            f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "sync_ms", "further_ms", "head_ms" and "kb_ms"'
+        )
     if content.get("model", config.name) != config.name:
         raise InputError(f"{path} has the times of {content['model']}, not of {config.name}; plan for that, or give speeds")
     devices: list[Device] = []
@@ -59,9 +66,9 @@ def read_devices(path: Path, sizes: Sizes, context: int) -> Cluster:
         devices += [_device(entry, sizes, context, where)] * count
     vocabulary_ms = devices[0].ffn_ms * sizes.table().nbytes / _layer_bytes(sizes, context)[1]
     further_ms = _number(content, "further_ms", str(path)) + COPIES * _message_ms(entries[0], config, f"{path}, device 0")
-    return Cluster(
-        devices, _number(content, "sync_ms", str(path)), further_ms, _number(content, "head_ms", str(path), vocabulary_ms)
-    )
+    kb_ms = devices[0].kb_ms if content.get("kb_ms") is None else _number(content, "kb_ms", str(path))
+    head_ms = _number(content, "head_ms", str(path), vocabulary_ms)
+    return Cluster(devices, _number(content, "sync_ms", str(path)), further_ms, head_ms, kb_ms)
 
 
 def _checked(entry: object, where: str) -> int:
@@ -96,6 +103,7 @@ def _device(entry: dict, sizes: Sizes, context: int, where: str) -> Device:
     if entry.get("memory") is not None and memory is None:
         raise InputError(f"{where}: memory {str(entry['memory'])[:20]!r} is not a size; write for example 800M or 1.5G")
     known["read_gbps"] = None if entry.get("read_gbps") is None else _number(entry, "read_gbps", where, least=1e-6)
+    known["kb_ms"] = _kb_ms(entry, where)
     for name in ("disk_heads", "disk_groups"):
         known[name] = None if entry.get(name) is None else int(_number(entry, name, where))
     return Device(str(entry.get("name", "device")), **whole, **known, memory=memory)
@@ -124,6 +132,12 @@ def _message_bytes(config: ModelConfig) -> int:
 def _message_ms(entry: dict, config: ModelConfig, where: str) -> float:
     mbit = _number(entry, "mbit", where)
     return 8 * _message_bytes(config) / (mbit * 1e3) if mbit else 0.0
+
+
+def _kb_ms(entry: dict, where: str) -> float | None:
+    if mbit := _number(entry, "mbit", where):
+        return 8 / mbit
+    return None if entry.get("kb_ms") is None else _number(entry, "kb_ms", where)
 
 
 def _number(entry: dict, name: str, where: str, default: float = 0.0, least: float = 0.0, most: float = MOST) -> float:

@@ -50,6 +50,12 @@ def available_bytes() -> int:
     return max(0, free)
 
 
+def free_bytes(ranks_on_host: int, program_bytes: int) -> int:
+    """What one of so many ranks may take for weights and cache; `program_bytes`: what the program takes in the end."""
+    program = max(0, program_bytes - psutil.Process().memory_info().rss)  # what it will take beside them
+    return max(0, available_bytes() // ranks_on_host - program)
+
+
 def _memory_groups() -> list[Path]:
     """This process's memory control group and those around it, of either version; none on other systems."""
     groups = []

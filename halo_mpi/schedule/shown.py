@@ -11,6 +11,7 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.schedule.advice import WORTH, Advice
 from halo_mpi.schedule.candidates import Shares
 from halo_mpi.schedule.cost import KINDS, Cluster, Cost, share_ms
+from halo_mpi.schedule.head import HeadSplit
 from halo_mpi.schedule.losses import losses_of_one, most_lost
 from halo_mpi.schedule.reading import Reading, reading_of, room
 from halo_mpi.schedule.work import Work
@@ -26,7 +27,7 @@ MOST_NAMED = 10
 NAME_WIDTH = 14
 
 
-def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -> dict:
+def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice, head: HeadSplit) -> dict:
     """The devices as measured, which `--devices` reads again, and the shares by name with their cost."""
     return {
         "model": config.name,
@@ -34,6 +35,8 @@ def as_json(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -
         "sync_ms": cluster.sync_ms,
         "further_ms": cluster.further_ms,
         "head_ms": cluster.head_ms,
+        "kb_ms": cluster.kb_ms,
+        "head": asdict(head),
         "chosen": advice.chosen,
         "unstable": list(advice.unstable),
         "options": {name: _option(shares, _readings(cluster, work, shares)) for name, shares in advice.options.items()},
@@ -64,11 +67,11 @@ def _readings(cluster: Cluster, work: Work, shares: Shares) -> list[Reading]:
     return [reading_of(device, work, rank == 0, heads, groups) for rank, (device, heads, groups) in enumerate(own)]
 
 
-def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice) -> None:
+def print_plan(config: ModelConfig, cluster: Cluster, work: Work, advice: Advice, head: HeadSplit) -> None:
     """The chosen shares by device, the time of a token and its parts, and what else was considered."""
     console, shares = Console(highlight=False), advice.shares
     console.print(_devices(config, cluster, work, shares))
-    for line in _parts(shares.cost, cluster):
+    for line in _parts(shares.cost, cluster, head):
         console.print(line, markup=False)
     console.print(_options(advice))
     for line in [*_reasons(cluster, work, shares, advice), *_losses(cluster, work)]:
@@ -98,14 +101,24 @@ def _devices(config: ModelConfig, cluster: Cluster, work: Work, shares: Shares) 
     return table
 
 
-def _parts(cost: Cost, cluster: Cluster) -> list[str]:
+def _parts(cost: Cost, cluster: Cluster, head: HeadSplit) -> list[str]:
     lines = [f"A token takes {cost.tpot_ms:.1f} ms (predicted, strict mode):"]
     for name, sync in (("attention", cost.attention), ("FFN", cost.ffn)):
         lines.append(
             f"  {cost.layers} x {sync.ms:.2f} ms {name}: {sync.longest_ms:.2f} the longest share (rank {sync.longest}, "
             f"{cluster.devices[sync.longest].name}), {sync.further_ms:.2f} messages, {sync.stall_ms:.2f} lost packets"
         )
-    return [*lines, f"  {cost.head_ms:.2f} ms vocabulary, on the root"]
+    return [*lines, f"  {cost.head_ms:.2f} ms vocabulary, {_where(head, cluster)}"]
+
+
+def _where(head: HeadSplit, cluster: Cluster) -> str:
+    if head.is_split:
+        more = ", ..." if len(head.rows) > MOST_NAMED else ""
+        rows = ", ".join(map(str, head.rows[:MOST_NAMED]))
+        return f"its head split: {rows}{more} rows by rank; {head.alone_ms:.2f} on the root alone"
+    if len(head.rows) > 1 and all(device.kb_ms is None for device in cluster.devices[1:]):
+        return "on the root; whether to split it is not known without kb_ms or mbit of the workers"
+    return "on the root"
 
 
 def _options(advice: Advice) -> Table:

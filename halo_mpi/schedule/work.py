@@ -26,6 +26,7 @@ class Work:
     trunk_bytes: int = 0  # of `root_bytes`: embedding and head, in memory only if all of the root's weights are
     output_bytes: int = 0  # the head alone, which the root reads otherwise
     block_bytes: int = 0  # of the embedding or the head: what is read at once
+    vocabulary: int = 0  # rows of the head
 
     @classmethod
     def of(cls, sizes: Sizes, context: int, root_bytes: int = 0) -> "Work":
@@ -48,6 +49,7 @@ class Work:
             sizes.vocabulary_bytes(),
             sizes.table().nbytes,
             shape_bytes(sizes.head(0)),
+            config.vocabulary,
         )
 
     def count(self, kind: Kind) -> int:

@@ -21,7 +21,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 6  # ranks with another number refuse to work together
+PROTOCOL = 7  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BYTES = "bytes"  # of text, one per value
@@ -48,6 +48,7 @@ class Kind(IntEnum):
     REFILL = 10  # inputs of attention for the cache of heads that it will have
     PROBE = 11  # how fast is a worker that has nothing to do
     FAILURE = 12  # from a worker: what keeps it from doing its part from now on, in words
+    HEAD = 13  # logits of a worker's rows of the head
 
 
 class RangeError(HaloError):

@@ -2,8 +2,8 @@
 
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from halo_mpi.wire.deadline import Deadline
 from halo_mpi.wire.exchange import ENDED, SILENT_S, MissingError, Patience
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Kind, ProtocolError, rows_text
+from halo_mpi.wire.peer import Answer, Peer
 from halo_mpi.wire.polling import Waiter
 
 KICKS_BEFORE_BACKOFF = 4
@@ -21,43 +22,6 @@ ECHO_PATIENCE_S = 0.02  # before an echo is kicked
 LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
 FEW_ROWS = 16  # whose answer takes about as long as that to one
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A worker's partial sum y, f32 [rows, width]; the seconds that it computed, and since it was asked."""
-
-    rank: int
-    seq: int
-    y: np.ndarray
-    took_s: float
-    latency_s: float
-
-
-@dataclass(slots=True)
-class Peer:
-    """What the root knows of a worker. Times are the waiter's, in seconds."""
-
-    rank: int
-    deadline: Deadline
-    asked_seq: int = 0
-    answered_seq: int = 0
-    settled_seq: int = 0  # answers to requests up to this one are not wanted, and may come
-    heard_at: float = 0.0
-    suspect: bool = False  # missed a deadline and was not heard since
-    kicks_in_flight: int = 0
-    probed_since: float = 0.0  # a kick is in flight
-    kick_at: float = 0.0
-    replays: int = 0  # and refills, that it has not done yet
-    replayed_at: float = 0.0  # the last one was done
-    rtt_ms: float = 0.0
-    judged_from: int = 0  # the first seq whose answer tells how long answers take
-    prepared: int | None = None  # the last plan for which it has said that it is ready, or cannot be
-    refusal: str = ""  # why it cannot be
-    probed_at: float | None = None  # a probe is under way
-    probe: Answer | None = None  # what came of the last one
-    asked_at: dict[int, float] = field(default_factory=dict)  # by seq, of what is not answered yet
-    took_s: dict[int, float] = field(default_factory=dict)  # by kind: computing the last answer, per row
 
 
 class RootLink:
@@ -75,6 +39,8 @@ class RootLink:
         self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
         self.failures: dict[int, str] = {}  # workers that say, or show, that they cannot do their part, and why
         self.seq, self._touched_at = 0, 0.0
+        self._sums: deque[Answer] = deque()  # came while only scores were looked for
+        self._scores: list[Answer] = []
         for rank in workers:
             self._ping(rank)
 
@@ -95,13 +61,16 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
-    def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None) -> list[float]:
+    def echo(
+        self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None, rows: int = 0
+    ) -> list[float]:
         """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
-        `work`: what the root does meanwhile. Raises MissingError if somebody has ended, or is silent for long.
+        `work`: what the root does meanwhile; `rows`: the answer has so many, in f32, instead of x. Raises MissingError if somebody has
+        ended, or is silent for long.
         """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
-        seq = self.ask(Kind.PING, 0, 0, x, workers)
+        seq = self.ask(Kind.PING, 0, rows, x, workers)
         waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
         if work:
             work()
@@ -120,10 +89,10 @@ class RootLink:
         return list(came.values())
 
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
-            lag: int = 0, plan: int = 0) -> int:  # fmt: skip
+            lag: int = 0, plan: int = 0, wire: str | None = None) -> int:  # fmt: skip
         """Start sending x, f32 [rows, width], to the workers; returns the request's seq."""
         self.seq += 1
-        self._mailbox.post(workers, kind, self.seq, layer, position, x, epoch, lag, plan)
+        self._mailbox.post(workers, kind, self.seq, layer, position, x, epoch, lag, plan, wire)
         now = self.waiter.now()
         for rank in workers:
             peer = self.peers[rank]
@@ -152,7 +121,18 @@ class RootLink:
         self._mailbox.post([rank], Kind.PROBE, self.seq)
 
     def poll(self) -> Iterator[Answer]:
-        """The answers that have come, one worker's in the order of its requests."""
+        """The answers that have come, one worker's in the order of its requests, but for scores."""
+        while self._sums:
+            yield self._sums.popleft()
+        yield from self._arrived()
+
+    def poll_scores(self) -> list[Answer]:
+        """The answers to HEAD that have come, now or before."""
+        self._sums.extend(self._arrived())
+        scores, self._scores = self._scores, []
+        return scores
+
+    def _arrived(self) -> Iterator[Answer]:
         for rank, message in self._mailbox.poll():
             peer, header = self.peers[rank], message.header
             kind, seq = int(header["kind"]), int(header["seq"])
@@ -186,12 +166,16 @@ class RootLink:
                     self.failures.setdefault(rank, "its partial sums are not finite; check its memory")
                     continue
                 asked = peer.asked_at.pop(seq)
-                if header["rows"] <= FEW_ROWS and kind != Kind.PING and seq >= peer.judged_from:
+                if header["rows"] <= FEW_ROWS and kind not in (Kind.PING, Kind.HEAD) and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
                 took_s = int(header["lag"]) * TOOK_S if header["lag"] < LONGEST_TOOK else now - asked
                 peer.took_s[kind] = took_s / max(1, len(y))
-                yield Answer(rank, seq, y, took_s, now - asked)
+                answer = Answer(rank, seq, y, took_s, now - asked)
+                if kind != Kind.HEAD:
+                    yield answer
+                else:
+                    self._scores.append(answer)
 
     def kick(self, rank: int) -> None:
         """Send the worker a kick if one is due."""

@@ -13,6 +13,7 @@ from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message, text_row
 from halo_mpi.wire.polling import Waiter
 
 UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
+BESIDE_THE_TEXT = (Kind.PROBE, Kind.HEAD)  # without an epoch; what is older may be of use still
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +83,14 @@ class WorkerLink:
         """Whether the root can still use the answer."""
         return request.seq >= self._oldest_useful
 
-    def answer(self, request: Request, y: np.ndarray | None, took_s: float = 0.0) -> None:
+    def answer(self, request: Request, y: np.ndarray | None, took_s: float = 0.0, wire: str | None = None) -> None:
         """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer."""
         self._done = request.seq
         took = round(took_s / TOOK_S)
-        if request.kind in UNANSWERED_IN_VECTORS:
+        if request.kind in UNANSWERED_IN_VECTORS or request.kind == Kind.HEAD and y is None:
             self._mailbox.post([ROOT], Kind(request.kind), request.seq, lag=took)
         elif y is not None:
-            self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y, lag=took)
+            self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y, lag=took, wire=wire)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
 
     def prepared(self, plan: int, refusal: str | None) -> None:
@@ -129,12 +130,15 @@ class WorkerLink:
         elif kind == Kind.PING:
             if self._before_echo:
                 self._before_echo()
-            self._mailbox.post([ROOT], Kind.PING, seq, x=message.read() if header["rows"] else None)
+            if wanted := int(header["position"]):
+                self._mailbox.post([ROOT], Kind.PING, seq, x=np.zeros((wanted, self._mailbox.width), np.float32), wire="f32")
+            else:
+                self._mailbox.post([ROOT], Kind.PING, seq, x=message.read() if header["rows"] else None)
             self._pings += 1
         elif kind == Kind.KICK:
             self._mailbox.post([ROOT], Kind.KICK, self._done)
         elif kind != Kind.TRAILER:
-            if kind != Kind.PROBE:
+            if kind not in BESIDE_THE_TEXT:
                 self._epoch = int(header["epoch"])
                 self._oldest_useful = seq - int(header["lag"])
             x = message.read()

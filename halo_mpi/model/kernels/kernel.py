@@ -46,6 +46,9 @@ class Head(Protocol):
     def logits(self, x: np.ndarray) -> np.ndarray:
         """f32 [T, rows] for the normed residual vectors x f32 [T, D]. Valid until the next call."""
 
+    def part(self, start: int, stop: int) -> "Head":
+        """Some of the rows, without copying them; `start` is at a tile, `stop` too or the end. A row's logit is the same, bit for bit."""
+
     def rows(self, tokens: list[int]) -> np.ndarray:
         """The residual vectors f32 [T, D] with which tokens begin."""
 

@@ -62,5 +62,8 @@ class ReferenceHead:
     def logits(self, x: np.ndarray) -> np.ndarray:
         return F.linear(torch.from_numpy(x), self._matrix).numpy()
 
+    def part(self, start: int, stop: int) -> "ReferenceHead":
+        return ReferenceHead(self._matrix[start:stop])
+
     def rows(self, tokens: list[int]) -> np.ndarray:
         return self._matrix[tokens].numpy()

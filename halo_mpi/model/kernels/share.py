@@ -16,6 +16,7 @@ from halo_mpi.model.kernels.team import Team
 from halo_mpi.model.kernels.tiles import LINE, Tiles, aligned_bytes
 from halo_mpi.model.kernels.vectors import BLOCK, LANES
 from halo_mpi.model.layer_weights import Cache, LayerWeights
+from halo_mpi.store.encoding import TILE_ROWS
 
 
 class CompiledShare:
@@ -98,6 +99,10 @@ class CompiledHead:
         data, work, made = self._record.ctypes.data, self._work.address, self.tiles.shape[0]
         self._team.run(parts().multiply_rows, data, work, x, self._hidden, result, self._hidden, made)
         return result[:, : self._vocabulary]
+
+    def part(self, start: int, stop: int) -> "CompiledHead":
+        """Some of the rows, whole tiles, where they are."""
+        return CompiledHead(self.tiles.part(slice(start // TILE_ROWS, -(-stop // TILE_ROWS))), stop - start, self._hidden)
 
     def rows(self, tokens: list[int] | np.ndarray) -> np.ndarray:
         """The residual vectors [T, D] with which tokens begin."""
