@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from bench.rank import Texts
+from bench.rank_cases import WARM_UP, Texts
 
 PROGRAM = Path(__file__).with_name("peer.py")
 
@@ -41,7 +39,7 @@ class Opponent:
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
             found[name] = self._read()
-        return {"cases": dict(list(found.items())[1:])}
+        return {"cases": {name: each for name, each in found.items() if name != WARM_UP}}
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()

@@ -73,8 +73,8 @@ class Peer:
         return {"token_ids": made, "ttft_ms": times[0], "tpot_ms": times[1:]}
 
     def _decode(self, context, ids: list) -> None:
-        batch = api.llama_batch_get_one((api.llama_token * len(ids))(*ids), len(ids))
-        if code := api.llama_decode(context, batch):
+        tokens = (api.llama_token * len(ids))(*ids)  # the batch only points to them
+        if code := api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids))):
             sys.exit(f"peer: llama_decode returned {code}")
 
 

@@ -10,19 +10,18 @@ import json
 import os
 import tempfile
 import time
-from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import h5py
 import numpy as np
 
 from bench.bandwidth import measured_gbps
 from bench.cells import EVEN, run_locally
 from bench.modes import Names
 from bench.opponent import Opponent
-from bench.quality import language_reference
+from bench.rank_cases import CASES, SPARE, WARM_UP, Texts
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import failures, measure
 from bench.shapes import config_of, meta_of, model_options
@@ -34,55 +33,21 @@ from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import KERNELS
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.sources import open_source
-from halo_mpi.store.encoding import DTYPES, encoded_bytes
+from halo_mpi.store.encoding import DTYPES
 
 F16 = 2  # bytes
 PROFILED_TOKENS = 300
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A text: at most so many tokens of prompt, then so many generated. What counts is TTFT if `prefill`, else the median TPOT."""
-
-    prompt: int
-    tokens: int
-    prefill: bool = False
-
-    def value(self, run: dict, name: str) -> float | None:
-        found = (run.get("cases") or {}).get(name)
-        if not found:
-            return None
-        return found["ttft_ms"] if self.prefill else float(np.median(found["tpot_ms"][1:]))  # the first is warm-up
-
-
-CASES = {
-    "warm-up": Case(64, 16),
-    "decode": Case(16, 65),
-    "prefill-512": Case(512, 1, prefill=True),
-    "decode-2000": Case(1984, 33),
-}
-WARM_UP = "warm-up"
-SPARE = 16  # positions of the peer's context beyond the longest case
-
-
-def fit_prompt(tokenizer: Tokenizer, text: str, tokens: int) -> tuple[str, list[int]]:
-    """The longest beginning of the text, cut between words, that has at most so many tokens, and their ids."""
-    words = text.split(" ")[: tokens + 1]
-
-    def ids(count: int) -> list[int]:
-        return tokenizer.encode(" ".join(words[:count]))
-
-    count = max(1, bisect_right(range(1, len(words) + 1), tokens, key=lambda count: len(ids(count))))
-    return " ".join(words[:count]), ids(count)
-
-
-def needed_bytes(config: ModelConfig, dtype: str, position: float) -> float:
-    """What must be read for a token: all layers and the head as they are stored, K and V of `position` tokens as f16."""
-    inside, qkv = config.heads * config.head_dim, (config.heads + 2 * config.kv_heads) * config.head_dim
-    layer = [(qkv, config.hidden), (config.hidden, inside), (2 * config.ffn, config.hidden), (config.hidden, config.ffn)]
-    layers = config.layers * sum(encoded_bytes(rows, columns, dtype) for rows, columns in layer)
-    head = encoded_bytes(config.vocabulary, config.hidden, "int8" if dtype == "int4" else dtype)
-    return layers + head + cached_bytes(config, position)
+def stored_bytes(model: Path) -> int:
+    """What a token reads of a model's files: all records of the layers and of the head, once, though shards share KV heads."""
+    records: dict[tuple[str, int], int] = {}
+    for path in model.iterdir():
+        with h5py.File(path, "r", locking=False) as file:
+            for table in {"query", "kv", "ffn", "head" if "head" in file else "embedding"} & file.keys():
+                layers, _, size = file[table]["records"].shape
+                records |= {(table, int(entry)): layers * size for entry in file[table]["index"]}
+    return sum(records.values())
 
 
 def cached_bytes(config: ModelConfig, position: float) -> float:
@@ -91,22 +56,6 @@ def cached_bytes(config: ModelConfig, position: float) -> float:
 
 def mbu(nbytes: float, token_ms: float, gbps: float) -> float:
     return nbytes / (token_ms / 1e3) / (gbps * 1e9)
-
-
-class Texts:
-    """The prompts of the cases, as a file for generate and as token ids for the peer."""
-
-    def __init__(self, tokenizer: Tokenizer, cases: tuple[str, ...], folder: Path):
-        self.file, text = folder / "prompts.jsonl", language_reference()
-        self.banned, self.cases = list(tokenizer.eos_ids), {name: CASES[name] for name in (WARM_UP, *cases)}
-        prompts = {name: fit_prompt(tokenizer, text, case.prompt) for name, case in self.cases.items()}
-        self.ids = {name: ids for name, (_, ids) in prompts.items()}
-        lines = [{"id": name, "prompt": prompts[name][0], "max_tokens": case.tokens} for name, case in self.cases.items()]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    @property
-    def longest(self) -> int:
-        return max(len(self.ids[name]) + case.tokens for name, case in self.cases.items())
 
 
 def program_of(model: Path, kernel: str) -> list:
@@ -170,7 +119,7 @@ def line_of(run: dict) -> str:
 
 def table(content: dict) -> Table:
     settings, runs = content["settings"], [run for run in content["runs"] if run["status"] == "ok"]
-    columns = ["case", "who", "runs", "prompt", "ms", "least .. most", "MB per token", "MBU", "time / llama.cpp"]
+    columns = ["case", "who", "runs", "prompt", "ms", "least .. most", "fastest token", "MB per token", "MBU", "time / llama.cpp"]
     drawn = Table(f"One rank, one thread: {settings['model']}", columns, texts=2)
     gbps = [run["gbps"] for run in runs if run["who"] == "memory"]
     for name in settings["cases"]:
@@ -215,7 +164,16 @@ def _row(name: str, who: str, runs: list[dict], best: list[dict], gbps: list[flo
         )
     ratio = pairwise(runs, best, lambda run: case.value(run, name)) if best and runs[0]["who"] == "ours" else None
     used = f" ({runs[0]['kernel_used']})" if runs[0].get("kernel") == "auto" else ""
-    cells = [name, who + used, str(len(runs)), str(prompt), number(ms), f"{number(min(values))} .. {number(max(values))}"]
+    fastest = None if case.prefill else min(min(run["cases"][name]["tpot_ms"]) for run in runs)
+    cells = [
+        name,
+        who + used,
+        str(len(runs)),
+        str(prompt),
+        number(ms),
+        f"{number(min(values))} .. {number(max(values))}",
+        number(fastest),
+    ]
     cells += [number(nbytes / 1e6), f"{mbu(nbytes, ms, float(np.median(gbps))):.0%}" if gbps else "-"] if nbytes else ["-", "-"]
     return [*cells, str(ratio) if ratio else "best" if runs is best else "-"]
 
@@ -252,7 +210,7 @@ def main(model, gguf, dtypes, kernels, cases, peer_python, profile, repeats, tim
             models = {dtype: converted(gguf, folder, dtype) for dtype in dtypes}
         texts = Texts(Tokenizer(TokenizerFiles.from_dict(meta["tokenizer"])), cases, folder)
         with Opponent(peer_python, gguf, texts.longest + SPARE) as peer:
-            needed = {dtype: needed_bytes(config, dtype, 0) for dtype in models} | {"position": cached_bytes(config, 1)}
+            needed = {dtype: stored_bytes(path) for dtype, path in models.items()} | {"position": cached_bytes(config, 1)}
             settings = {"model": config.name, "cases": cases, "repeats": repeats, "peer": peer.facts,
                         "needed_bytes": needed | ({"peer": peer.facts["weights_bytes"]} if peer.facts else {}),
                         "prompt_tokens": {name: len(texts.ids[name]) for name in cases}}  # fmt: skip

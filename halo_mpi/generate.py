@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from halo_mpi.engine.launch import run_distributed
+from halo_mpi.engine.lookup import MOST_GUESSES, Guesser, PassCounts
 from halo_mpi.engine.options import RunOptions, run_options
 from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import Sampling
@@ -56,6 +57,11 @@ EXAMPLE = (
     "--seed", type=int, help="Same seed, ranks and placement, and --no-moves: same text. Default: a new one, told in the report."
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--lookup", type=click.IntRange(0, MOST_GUESSES), default=0, show_default=True, metavar="K",
+    help="Guess up to K tokens from what followed the same words before, in prompt or text, and compute them along with the last one: "
+         "several tokens for the syncs of one where the text repeats itself, and the same text. --sync strict only; 0: off.",
+)  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.option(
     "--checkpoint", "kept_in", type=click.Path(path_type=Path), envvar="HALO_MPI_CHECKPOINT", show_envvar=True,
@@ -64,7 +70,7 @@ EXAMPLE = (
 )  # fmt: skip
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, max_seconds: float | None, seed: int | None, kept_in: Path | None, **options) -> Parting:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, lookup: int, kept_in: Path | None, **options) -> Parting:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
     The text goes to standard output as it is written, everything else to standard error. SIGTERM and SIGUSR1 end the run after the
@@ -83,6 +89,10 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
             raise UsageError("give exactly one of --prompt, --prompt-file and --prompts")
         if (prompts is None) != (out is None) or (resume and out is None):
             raise UsageError("--prompts and --out go together, and --resume goes with them")
+        if lookup and run.sync.mode == "relaxed":
+            raise UsageError(
+                "--lookup works with --sync strict only: what is late cannot be estimated for guesses; leave one of them out"
+            )
         return Sampling(seed=secrets.randbits(32) if seed is None else seed, **options)
 
     sampling = together(comm, check)
@@ -113,13 +123,13 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
 
     to_come = sum(text.sampling.max_tokens for text in texts)
     checkpoint = Checkpoint(kept_in, session.store.version, seed, session.warn, to_come)
-    completions = []
+    completions, guesser = [], Guesser(lookup)
     show = _hide if results else session.monitor.above(Shown().show)
     session.marks.begin()
     with in_order() as ending, session.monitor:
         for text in texts:
             begun = saved if saved and saved.id == text.id else None
-            completion = complete(session, text, show, checkpoint, ending, begun, max_seconds)
+            completion = complete(session, text, show, checkpoint, ending, guesser, begun, max_seconds)
             completions.append(completion)
             if completion.finish_reason == "terminated":
                 break
@@ -135,7 +145,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
         return replace(session.parting, exit_code=EXIT_TERMINATED)
     session.marks.end()
     devices = session.finish()
-    parting = after(session.parting, lambda: _tell(session, devices, texts, completions, seed, bool(results)))
+    parting = after(session.parting, lambda: _tell(session, devices, texts, completions, seed, lookup, bool(results)))
     if terminated:
         complain("terminated" + (f"; the same command goes on with the text in {kept_in}" if kept_in else ""))
         return replace(parting, exit_code=EXIT_TERMINATED)
@@ -143,7 +153,7 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
     return parting
 
 
-def _tell(session: Session, devices: list[dict], texts: list, completions: list, seed: int, many: bool) -> None:
+def _tell(session: Session, devices: list[dict], texts: list, completions: list, seed: int, lookup: int, many: bool) -> None:
     """Say on standard error, and in the report, what came of the run."""
     from halo_mpi.engine.report import make_report, write_report
 
@@ -153,6 +163,8 @@ def _tell(session: Session, devices: list[dict], texts: list, completions: list,
     report = make_report(session, devices, sum(len(text.tokens) for text in texts), token_ids, None if many or not first else first.text,
                          first and first.ttft_ms, tpot_ms)  # fmt: skip
     report["seed"] = seed
+    report["lookup"] = sum((completion.passes for completion in completions), PassCounts()).to_dict() if lookup else None
+    report["prefix_tokens"] = [completion.passes.prefix for completion in completions]
     reasons = {completion.finish_reason for completion in completions}
     report["finish_reason"] = "terminated" if "terminated" in reasons else None if many or not first else first.finish_reason
     _summarize(report, len(completions))
@@ -168,6 +180,9 @@ def _summarize(report: dict, texts: int) -> None:
     many = f"{texts} texts, " if texts != 1 else ""
     tpot = report["tpot_ms"]["p50"]
     speed = f", time per token {tpot:.1f} ms (median)" if tpot else ""
+    passes = report["lookup"]
+    if passes and passes["passes"]:
+        speed += f", {passes['tokens_per_pass']:.2f} tokens per pass"
     first = f", first token after {report['ttft_ms']:.0f} ms" if report["ttft_ms"] is not None and texts == 1 else ""
     click.echo(
         f"{many}{report['prompt_tokens']} prompt tokens, {report['generated_tokens']} generated on {report['ranks']} ranks{first}{speed}",

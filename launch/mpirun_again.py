@@ -52,7 +52,7 @@ class Restarts:
         if blameless and end.stage:
             self._starts_failed += 1
         if not has_text and (end.shown or not end.stage):  # what was shown would come a second time
-            if not blameless:
+            if not blameless or end.own_code is not None:
                 return None
             raise LaunchError(
                 f"the job was lost: mpirun ended with code {end.code} before the program did; {self._advice()}", EXIT_FAILED

@@ -21,7 +21,7 @@ ROOT_GONE_S = 2.0  # after rank 0 was killed: so long may the others take to not
 LOOK_S = 0.5  # how often it is looked whether rank 0 lives
 # So long MPI may take to start once rank 0 waits for the others, in a run's first start and its next ones. A Pi needs 10 s to read Python
 # and MPI from an SD card; who is given up too soon has them in memory the next time.
-MPI_STARTS_S = 20.0, 40.0, 60.0
+MPI_STARTS_S = 30.0, 60.0, 120.0
 # mpirun names its session's folder in /tmp by its process id alone, and a later one that gets the same id cannot start while that
 # of a killed one is left. Each run has a place of its own for it, which goes with the run (Open MPI 5's name and Open MPI 4's).
 SESSION_PLACES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")

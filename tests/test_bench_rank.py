@@ -9,9 +9,11 @@ import pytest
 from bench import exactness, overhead, rank, report
 from bench.cells import generation, run_locally
 from bench.opponent import Opponent
-from bench.shapes import SHAPES, meta_of
+from bench.rank_cases import CASES, Texts, fit_prompt
+from bench.shapes import config_of, meta_of
 from bench.ticks import part_of, parts_of, phase_of, read_ticks, shown_parts
 from click.testing import CliRunner
+from halo_mpi.model.records import VOCABULARY_BLOCK
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from tests.test_bench import run_of
 
@@ -40,19 +42,20 @@ def rank_content(runs: list[dict]) -> dict:
 def test_a_prompt_is_cut_between_words_to_at_most_so_many_tokens(tiny):
     tokenizer, text = Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), "some words that follow one another " * 50
     for most in (6, 16, 100):
-        prompt, ids = rank.fit_prompt(tokenizer, text, most)
+        prompt, ids = fit_prompt(tokenizer, text, most)
         longer = text[: text.index(" ", len(prompt) + 1)]
         assert text.startswith(prompt) and tokenizer.encode(prompt) == ids
         assert len(ids) <= most < len(tokenizer.encode(longer))
 
 
-def test_the_bytes_of_a_token_are_those_of_all_layers_the_head_and_the_cache():
-    micro = SHAPES["micro"]  # 4 layers, hidden 128, 8 and 4 heads of 16, FFN 384, vocabulary 512
-    weights = 4 * (128 * (128 + 64 + 64) + 128 * 128 + 3 * 128 * 384)
-    head = 128 * 512
-    assert rank.needed_bytes(micro, "f32", 0) == 4 * (weights + head)
-    assert rank.needed_bytes(micro, "int4", 0) == weights * 20 / 32 + head * 34 / 32
-    assert rank.needed_bytes(micro, "f32", 10) - rank.needed_bytes(micro, "f32", 0) == 10 * 4 * 2 * 4 * 16 * 2
+def test_the_bytes_of_a_token_are_those_of_all_layers_the_head_and_the_cache(tiny):
+    config = config_of(tiny)
+    whole, rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    groups = config.groups * config.group_size
+    weights = config.layers * config.hidden * (2 * whole + 2 * rows + 3 * groups)
+    head = -(-config.vocabulary // VOCABULARY_BLOCK) * VOCABULARY_BLOCK * config.hidden
+    assert rank.stored_bytes(tiny) == 4 * (weights + head)
+    assert rank.cached_bytes(config, 10) == 10 * config.layers * 2 * rows * 2
     assert rank.mbu(100e6, 10.0, 20.0) == pytest.approx(0.5)
 
 
@@ -68,7 +71,7 @@ def test_the_better_setting_of_the_peer_counts_in_each_case():
     rows = {(row[0], row[1]): row for row in rank.table(rank_content(runs)).rows}
     mine = rows["decode", "int4, kernel auto (reference)"]
     assert mine[4] == "20.0" and mine[-1] == "2.50 (1 pair)", "the first token is warm-up; 8 ms with flash attention"
-    assert mine[6:8] == ["128", "64%"], "80 MB and 48.5 positions in 20 ms of 10 GB/s"
+    assert mine[6:9] == ["20.0", "128", "64%"], "80 MB and 48.5 positions in 20 ms of 10 GB/s"
     assert rows["prefill-512", "int4, kernel auto (reference)"][-1] == "0.33 (1 pair)"
     assert [row[1] for row in rows.values() if row[-1] == "best"] == [
         "llama.cpp, flash attention on", "llama.cpp, flash attention off"]  # fmt: skip
@@ -89,13 +92,13 @@ def test_the_peer_is_asked_for_the_same_ids_after_a_warm_up(tmp_path, tiny):
         f"""#!/bin/sh\necho '{{"version": "0.3"}}'\nwhile read -r line; do echo "$line" >> {tmp_path}/asked; echo '{answer}'; done\n"""
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    texts = rank.Texts(Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), ("decode",), tmp_path)
+    texts = Texts(Tokenizer(TokenizerFiles.from_dict(meta_of(tiny)["tokenizer"])), ("decode",), tmp_path)
     with Opponent(fake, tmp_path / "x.gguf", texts.longest) as opponent:
         assert opponent.facts == {"version": "0.3"}
         assert opponent.run(texts, True) == {"cases": {"decode": {"token_ids": [1], "ttft_ms": 2.0, "tpot_ms": []}}}
     asked = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
     assert [(len(each["ids"]), each["tokens"], each["flash"]) for each in asked] == [
-        (len(texts.ids[name]), rank.CASES[name].tokens, True) for name in ("warm-up", "decode")]  # fmt: skip
+        (len(texts.ids[name]), CASES[name].tokens, True) for name in ("warm-up", "decode")]  # fmt: skip
     written = [json.loads(line) for line in texts.file.read_text().splitlines()]
     assert [(line["id"], line["max_tokens"]) for line in written] == [("warm-up", 16), ("decode", 65)]
 

@@ -26,10 +26,10 @@ def warn(message):
 def written(path: Path, tokens=(4, 5, 6), text=Prompt(None, [1, 2], SAMPLING), model="m") -> Sampler:
     """A checkpoint of a text that has these tokens; its sampler."""
     sampler, checkpoint = Sampler(text.sampling), Checkpoint(path, model, 9, warn)
-    checkpoint.begin(text, sampler, [], 0.0, 0.0)
+    checkpoint.begin(text, sampler.random_state, [], 0.0, 0.0)
     for token in tokens:
         sampler.pick(np.zeros(50, np.float32), [])
-        checkpoint.token(token, sampler, 1.5, 0.25)
+        checkpoint.token(token, sampler.random_state, 1.5, 0.25)
     return sampler
 
 
@@ -53,15 +53,15 @@ def test_the_outlook_tells_what_is_to_come_of_all_texts_and_how_fast_it_comes(tm
     def outlook():
         return read_checkpoint(tmp_path / "c").outlook
 
-    checkpoint.begin(texts[0], Sampler(SAMPLING), [7, 8], 1.0, 9.0)  # which another start wrote
+    checkpoint.begin(texts[0], Sampler(SAMPLING).random_state, [7, 8], 1.0, 9.0)  # which another start wrote
     assert outlook() == {"to_come": 18, "token_s": None, "first_at": None}
     began = time.time()
     for spent_s in (14.0, 14.5, 15.0):  # the first includes the prompt
-        checkpoint.token(1, Sampler(SAMPLING), 1.0, spent_s)
+        checkpoint.token(1, Sampler(SAMPLING).random_state, 1.0, spent_s)
     assert (outlook()["to_come"], outlook()["token_s"]) == (15, 0.5) and began <= (
         first_at := outlook()["first_at"]
     ) <= time.time()
-    checkpoint.begin(texts[1], Sampler(SAMPLING), [], 0.0, 0.0)
+    checkpoint.begin(texts[1], Sampler(SAMPLING).random_state, [], 0.0, 0.0)
     assert outlook() == {"to_come": 10, "token_s": 0.5, "first_at": first_at}
 
 
@@ -95,9 +95,9 @@ def test_a_disk_that_fails_is_told_once_and_the_text_goes_on(tmp_path):
     checkpoint = Checkpoint(tmp_path / "no folder" / "c", "m", 0, told.append)
     text = Prompt(None, [1], SAMPLING)
     sampler = Sampler(SAMPLING)
-    checkpoint.begin(text, sampler, [], 0.0, 0.0)
-    checkpoint.token(1, sampler, 0.0, 0.0)
-    checkpoint.begin(text, sampler, [], 0.0, 0.0)
+    checkpoint.begin(text, sampler.random_state, [], 0.0, 0.0)
+    checkpoint.token(1, sampler.random_state, 0.0, 0.0)
+    checkpoint.begin(text, sampler.random_state, [], 0.0, 0.0)
     checkpoint.remove()
     assert len(told) == 1 and "cannot be written: No such file or directory; the run goes on without it" in told[0]
 

@@ -9,9 +9,10 @@ import torch
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
+from halo_mpi.model.kernels.team import Team
 from halo_mpi.model.kernels.tiles import Tiles, aligned_bytes, stored_tiles, tiles_across, tiles_down
-from halo_mpi.model.layer_weights import LayerWeights
-from halo_mpi.model.llama import Share, runs_of
+from halo_mpi.model.layer_weights import LayerWeights, runs_of
+from halo_mpi.model.llama import Share
 from halo_mpi.store.encoding import decode, encode
 
 ROUNDING = 0.03  # relative error of 8-bit activations: about 0.7 % of each product's input
@@ -107,10 +108,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["int4", "int8"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype, biased", [("int4", True), ("int8", False)])
 @pytest.mark.parametrize("config, heads", SHAPES)
-def test_sums_are_those_of_the_reference(config, heads, biased, dtype):
+def test_sums_are_those_of_the_reference(config, heads, dtype, biased):
     compiled, tensors = layer(config, heads, dtype, biased)
     share, position = CompiledShare(config, [compiled], 256), 0
     references = [
@@ -159,7 +159,7 @@ def test_half_precision_caches_are_close(config, heads):
 @pytest.mark.parametrize("config, heads", SHAPES[1:4])
 def test_threads_do_not_change_a_bit(config, heads, threads):
     compiled, _ = layer(config, heads, "int4", biased=True)
-    alone, team = (CompiledShare(config, [compiled], 128, threads=number) for number in (1, threads))
+    alone, team = (CompiledShare(config, [compiled], 128, team=Team(number)) for number in (1, threads))
     position = 0
     for rows in (70, 1, 2, 1):
         x = inputs(config, rows, seed=rows)
@@ -174,7 +174,7 @@ def test_threads_do_not_change_a_bit(config, heads, threads):
 def test_threads_sleep_between_calls_and_end_with_their_share():
     config, heads = SHAPES[0]
     before = set(threading.enumerate())
-    share, x = CompiledShare(config, [layer(config, heads)[0]], 8, threads=3), inputs(config, 1)
+    share, x = CompiledShare(config, [layer(config, heads)[0]], 8, team=Team(3)), inputs(config, 1)
     team = set(threading.enumerate()) - before
     first = share.ffn(0, x).copy()
     time.sleep(0.5)  # long enough to fall asleep
@@ -215,7 +215,7 @@ def test_layers_and_caches_are_replaced_while_text_flows():
 def test_matrices_may_arrive_later_in_the_same_layer():
     config = shape()
     full, other = layer(config, [0, 1])[0], layer(config, [0, 1], seed=5)[0]
-    weights = LayerWeights.empty()
+    weights = LayerWeights()
     weights.runs = full.runs
     share, reference, x = CompiledShare(config, [weights], 32), CompiledShare(config, [full], 32), inputs(config, 2)
     for source in (other, full):
@@ -241,6 +241,16 @@ def test_positions_beyond_the_cache_are_refused():
         share.attention(0, inputs(config, 2), 7)
 
 
+@pytest.mark.parametrize("x", [np.zeros((1, 48)), np.zeros((48, 1), np.float32).T[:, ::2], np.zeros((1, 24), np.float32)])
+def test_other_inputs_are_refused(x):
+    config, heads = SHAPES[0]
+    share = CompiledShare(config, [layer(config, heads)[0]], 8)
+    with pytest.raises((TypeError, ValueError)):
+        share.attention(0, x, 0)
+    with pytest.raises((TypeError, ValueError)):
+        share.ffn(0, x)
+
+
 def test_large_inputs_stay_finite_and_nan_stays_visible():
     config, heads = SHAPES[0]
     share, x = CompiledShare(config, [layer(config, heads)[0]], 8), inputs(config, 3)
@@ -262,6 +272,8 @@ def test_head_scores_tokens_and_embeds_them(vocabulary, hidden, dtype):
         logits = head.logits(x)
         assert logits.shape == (rows, vocabulary)
         assert error(logits, rounded(torch.tensor(x)) @ torch.tensor(weights).T) < 1e-5
+    share = CompiledShare(shape(), [], 8, team=Team(2))
+    assert same_bits(logits, CompiledHead(tiles, vocabulary, hidden, share.team).logits(x))
     tokens = [3, vocabulary - 1, 0, 3]
     assert np.allclose(head.rows(tokens), weights[tokens], rtol=0, atol=1e-6)
     with pytest.raises(ValueError):

@@ -10,10 +10,10 @@ import pytest
 from halo_mpi.engine.marks import Marks
 
 
-def took(marks: Marks, share: float, computed_s: float = 0.0) -> float:
+def took(marks: Marks, share: float, computed_s: float = 0.0, rows: int = 1) -> float:
     begin = time.perf_counter()
     time.sleep(computed_s)
-    marks.pace(begin, share)
+    marks.pace(begin, share, rows)
     return time.perf_counter() - begin
 
 
@@ -38,6 +38,11 @@ def test_a_request_takes_at_least_the_pace_of_its_share(tmp_path):
     assert took(marks, 1.0) == pytest.approx(0.02, abs=0.006)
     assert took(marks, 2.0) == pytest.approx(0.04, abs=0.006)
     assert took(marks, 1.0, computed_s=0.05) == pytest.approx(0.05, abs=0.006)
+
+
+def test_further_rows_take_their_share_of_the_pace(tmp_path):
+    set_pace(tmp_path, pace_ms=20, row_share=0.25, slowdown=1.0)
+    assert took(Marks(tmp_path, 0), 1.0, rows=5) == pytest.approx(0.04, abs=0.006)
 
 
 def test_a_slow_device_takes_its_compute_time_times_the_factor(tmp_path):

@@ -208,11 +208,11 @@ def test_late_answers_of_a_worker_that_is_back_already_are_no_defect(deep, monke
     def wait_for_weights():
         return turn() if not waits else link.hear()
 
-    def watched(position, layer, epoch, plan):
+    def watched(position, rows, layer, *rest):
         nonlocal waits
         waits |= (position, layer) == (5, 1)
         was_away = crew_.does_without(3)
-        welcome_back(position, layer, epoch, plan)
+        welcome_back(position, rows, layer, *rest)
         if was_away and not crew_.does_without(3):
             waits = False
             queued.append(len(link._queue))

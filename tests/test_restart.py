@@ -136,3 +136,48 @@ def test_the_first_host_is_needed(tmp_path, monkeypatch):
     restarts = Restarts(places, "false", kept, True, True, True)
     with pytest.raises(LaunchError, match="board-z, the host of rank 0, does not answer"):
         restarts.after(End(0, None, True, 0.0), lambda: False)
+
+
+@pytest.fixture
+def restarts(tmp_path, monkeypatch):
+    """What is to be done after the end of a start, by what is known of it; on this computer alone."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from mpirun_again import Restarts
+    from mpirun_places import Places
+    from mpirun_start import End
+
+    known = Restarts(Places([]), "", tmp_path / "none.json", False, True, True)
+    return known, lambda *end, **more: known.after(End(*end, **more), lambda: False)
+
+
+def test_a_start_that_fails_for_want_of_a_rank_is_tried_three_times_more_with_more_patience(restarts):
+    from mpirun_hosts import LaunchError
+
+    known, after = restarts
+    patience = []
+    for _ in range(3):
+        patience.append(known.most_s)
+        assert after(137, None, False, 0.0, stage="mpi", hung="MPI did not start") == "MPI did not start; starting again"
+    assert patience == [30, 60, 120] and known.most_s == 120
+    with pytest.raises(LaunchError, match="4th time"):
+        after(1, 1, False, 0.0, stage="lost")
+
+
+def test_what_was_shown_is_not_shown_again_by_a_start_that_has_no_text_to_go_on_with(restarts):
+    _, after = restarts
+    assert after(1, 1, False, 0.0, stage="lost", shown=True) is None
+    assert "starting again" in after(0, None, True, 0.0, stage="ranks")
+
+
+def test_without_restarts_the_program_has_the_last_word(restarts):
+    from mpirun_hosts import LaunchError
+
+    known, after = restarts
+    known.allowed = False
+    assert after(1, 1, False, 0.0, stage="lost") is None
+    with pytest.raises(LaunchError, match="MPI did not start in 30 s"):
+        after(137, None, False, 0.0, stage="mpi", hung="MPI did not start in 30 s")
+
+
+def test_an_mpirun_that_fails_itself_is_not_started_again(restarts):
+    assert restarts[1](1, None, False, 0.0) is None

@@ -82,3 +82,16 @@ def test_logits_that_are_not_finite_are_an_error(bad):
 def test_a_value_out_of_range_names_its_option(name, value):
     with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.9, top_p=0.8), Sampling(temperature=2.0, top_p=0.97, top_k=900),
+                                      Sampling(temperature=1.3, top_k=7), Sampling(temperature=1.0, min_p=0.1, top_p=0.9)])  # fmt: skip
+def test_what_is_kept_of_many_tokens_is_what_sorting_all_of_them_says(sampling):
+    logits = np.random.default_rng(3).normal(size=5000).astype(np.float32).round(1) * 2  # with many equals
+    order = np.argsort(-logits.astype(np.float64), kind="stable")[: sampling.top_k or None]
+    probability = np.exp((logits[order].astype(np.float64) - logits.max()) / sampling.temperature)
+    probability /= probability.sum()
+    keep = (np.cumsum(probability) - probability < sampling.top_p) & (probability >= sampling.min_p * probability[0])
+    sampler, wanted = Sampler(sampling), set(order[keep].tolist())
+    drawn = [sampler.pick(logits, []) for _ in range(3000)]
+    assert set(drawn) <= wanted and len(set(drawn)) > 0.8 * min(len(wanted), 500)

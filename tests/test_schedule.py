@@ -12,7 +12,7 @@ from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import shard_index, split_evenly
 from halo_mpi.model.sizes import Sizes, shape_bytes
-from halo_mpi.schedule.memory import BASE_BYTES, Need, check_memory
+from halo_mpi.schedule.memory import Need, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
 
 SMOLLM2 = ModelConfig("smollm2", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, None, True)
@@ -187,8 +187,11 @@ def test_the_bytes_of_a_share_are_those_that_loading_takes(tiny):
     assert Sizes(config).cache_bytes(heads, 40) == sum(keys.nbytes + values.nbytes for keys, values in share.kv)
 
 
+BASE_BYTES = 320 * 2**20
+
+
 def need(rank, host="pi", weights=100, cache=0, available=10 * BASE_BYTES, budget=None, machine=None):
-    return Need(rank, host, machine or host, weights, cache, 0, available, budget)
+    return Need(rank, host, machine or host, weights, cache, 0, available, budget, BASE_BYTES)
 
 
 def test_memory_that_suffices_is_no_error():

@@ -3,9 +3,9 @@
 import pytest
 
 from tests.launched import TEXT, Launched
-from tests.mpi import mpi_tolerates
+from tests.mpi import ROOT, mpi_tolerates
 
-pytestmark = [pytest.mark.mpi, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(180)]
 SILENT_S = 6.0
 
 
@@ -17,7 +17,7 @@ def tolerant():
 
 def bad_start(tiny, tmp_path, rank, moment, signal, *options, text=TEXT):
     bad = {"HALO_TEST_BAD": f"{rank} {moment} {signal} {tmp_path / 'once'}", "HALO_TEST_SILENT_S": str(SILENT_S)}
-    return Launched(tiny, *text, program="tests.programs.bad_start", options=(*options, "-n", "3"), **bad).end(timeout=90)
+    return Launched(tiny, *text, program="tests.programs.bad_start", options=(*options, "-n", "3"), **bad).end(timeout=150)
 
 
 @pytest.mark.parametrize("moment", ["agree", "hosts", "connect", "load"])
@@ -44,21 +44,32 @@ def test_the_same_while_devices_are_measured(tiny, tmp_path, moment, signal):
 def test_a_rank_that_ends_before_mpi_has_started_holds_nobody_up(tiny, whole, tmp_path):
     code, out, err, took = bad_start(tiny, tmp_path, 1, "import", "SIGKILL")
     assert (code, out) == (0, whole), err
-    assert "while MPI started; starting again" in err or "MPI did not start in 20 s; starting again" in err
+    assert "while MPI started; starting again" in err or "MPI did not start in 30 s; starting again" in err
 
 
 def test_a_rank_that_stands_still_before_mpi_has_started_is_waited_for_only_so_long(tiny, whole, tmp_path):
     code, out, err, took = bad_start(tiny, tmp_path, 1, "import", "SIGSTOP")
     assert (code, out) == (0, whole), err
-    assert "MPI did not start in 20 s; starting again" in err
+    assert "MPI did not start in 30 s; starting again" in err
 
 
 def test_a_root_that_ends_at_the_start_ends_the_run(tiny, tmp_path):
-    for moment in ("import", "hosts"):
+    for moment in ("agree", "hosts"):
         (tmp_path / "once").unlink(missing_ok=True)
         code, out, err, took = bad_start(tiny, tmp_path, 0, moment, "SIGKILL")
         assert (code, out) == (1, b"") and took < 30, (took, err)
         assert "rank 0 ended" in err and "starting again" not in err
+
+
+@pytest.mark.parametrize("command, is_one", [
+    ("mpirun -n 3 python -m halo_mpi.generate --model m", True), ("mpirun halo-mpi evaluate --model m", True),
+    ("mpirun python -m halo_mpi.plan --devices f", False), ("mpirun python generate.py", False),
+])  # fmt: skip
+def test_what_is_a_program_of_ours_is_told_by_the_command(monkeypatch, command, is_one):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    from mpirun_start import is_halo
+
+    assert is_halo(command.split()) == is_one
 
 
 def test_no_restart_holds_for_the_start_too(tiny, tmp_path):

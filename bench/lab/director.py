@@ -136,7 +136,8 @@ class Director:
         path = self.lab.marks / f"pace-{rank}.json"
         fresh = path.with_suffix(".new")
         spoil = {"spoil": True} if host in self.spoiled else {}
-        fresh.write_text(json.dumps({"pace_ms": values.pace_ms, "slowdown": values.slowdown} | spoil))
+        pace = {"pace_ms": values.pace_ms, "row_share": values.row_share, "slowdown": values.slowdown}
+        fresh.write_text(json.dumps(pace | spoil))
         fresh.replace(path)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from halo_mpi.engine.prompts import Prompt
-from halo_mpi.engine.sampling import Sampler, Sampling
+from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import DamagedFileError, InputError
 
 SCHEMA = 2
@@ -92,8 +92,8 @@ class Checkpoint:
         self._recent_s: deque[float] = deque(maxlen=RECENT)
         self._synced_at = float("-inf")
 
-    def begin(self, text: Prompt, sampler: Sampler, token_ids: list[int], ttft_ms: float, spent_s: float) -> None:
-        """A text is begun, or gone on with after these tokens."""
+    def begin(self, text: Prompt, random: dict, token_ids: list[int], ttft_ms: float, spent_s: float) -> None:
+        """A text is begun, or gone on with after these tokens. `random`: the sampler's state."""
         if not self._on:
             return
         about = {"schema": SCHEMA, "model": self._model, "id": text.id, "prompt_sha256": _digest(text.tokens)}
@@ -103,10 +103,10 @@ class Checkpoint:
         self._later -= text.sampling.max_tokens
         self._to_come = text.sampling.max_tokens - len(token_ids)
         self._spent_s = None  # when this run's latest token was there
-        self._write(sampler, ttft_ms, spent_s)
+        self._write(random, ttft_ms, spent_s)
 
-    def token(self, token: int, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
-        """The text has one more token; `sampler` is ready to choose the next."""
+    def token(self, token: int, random: dict, ttft_ms: float, spent_s: float) -> None:
+        """The text has one more token; `random`: the sampler's state before the next is chosen."""
         if self._on:
             self._ids += f", {token}" if self._ids else str(token)
             self._to_come -= 1
@@ -114,17 +114,17 @@ class Checkpoint:
             if self._spent_s is not None:
                 self._recent_s.append(spent_s - self._spent_s)
             self._spent_s = spent_s
-            self._write(sampler, ttft_ms, spent_s)
+            self._write(random, ttft_ms, spent_s)
 
     def remove(self) -> None:
         """All is finished."""
         if self._path:
             _remove(self._path)
 
-    def _write(self, sampler: Sampler, ttft_ms: float, spent_s: float) -> None:
+    def _write(self, random: dict, ttft_ms: float, spent_s: float) -> None:
         token_s = median(self._recent_s) if self._recent_s else None
         outlook = {"to_come": self._to_come + self._later, "token_s": token_s, "first_at": self._first_at}
-        now = json.dumps({"random": sampler.random_state, "ttft_ms": ttft_ms, "spent_s": spent_s, "outlook": outlook})[1:-1]
+        now = json.dumps({"random": random, "ttft_ms": ttft_ms, "spent_s": spent_s, "outlook": outlook})[1:-1]
         body = f'{self._about}, {now}, "token_ids": [{self._ids}]'.encode()
         part = self._path.with_name(self._path.name + ".part")
         try:

@@ -181,6 +181,11 @@ class Crew:
         """The workers that are behind, away or lost."""
         return set(self._left_at)
 
+    def all_at_work(self) -> bool:
+        """Whether nobody is behind, away, or lost with work that nobody has taken over."""
+        with_work = {rank for layers in self._workers.values() for ranks in layers for rank in ranks}
+        return self._left_at.keys() <= self._lost.keys() - with_work
+
     def does_without(self, rank: int) -> bool:
         """Whether the worker is behind, away or lost."""
         return rank in self._left_at
@@ -233,8 +238,9 @@ class Crew:
         if self.history:
             self.history.keep(layer, position, normed, workers)
 
-    def welcome_back(self, position: int, layer: int, epoch: int, plan: int) -> None:
-        """Before the attention of a layer: who is heard again is present, after it was sent what it missed."""
+    def welcome_back(self, position: int, rows: int, layer: int, epoch: int, plan: int) -> None:
+        """Before a layer's attention over so many rows from `position` on: who is heard again is present, after it was sent what it
+        missed."""
         for rank in list(self._left_at):
             peer = self._link.peers[rank]
             if rank in self._lost or peer.heard_at <= self._left_at[rank]:
@@ -242,7 +248,7 @@ class Crew:
             if rank in self._away:
                 if peer.kicks_in_flight or peer.replays or self._link.waiter.now() < self._patience[rank].not_before:
                     continue
-                if self.history and not self.history.replay(self._link, rank, position, layer, epoch, plan):
+                if self.history and not self.history.replay(self._link, rank, position, rows, layer, epoch, plan):
                     continue
                 self._away.remove(rank)
                 self._link.catch_up(rank)

@@ -13,10 +13,18 @@ class DoingWithout:
     `check`: is told of the estimates that are final.
     """
 
-    def __init__(self, crew: Crew, sums: OpenSums, predictor: Predictor, relaxed: bool, drops: bool, check: Check | None):
-        self._crew, self._sums, self._predictor = crew, sums, predictor
+    def __init__(
+        self, crew: Crew, sums: OpenSums, predictor: Predictor, layers: int, relaxed: bool, drops: bool, check: Check | None
+    ):
+        self._crew, self._sums, self._predictor, self._layers = crew, sums, predictor, layers
         self._relaxed, self._drops, self._check = relaxed, drops, check
         self.at = 0
+
+    def must_be_exact(self, layer: int, workers: list[int]) -> bool:
+        """Whether all these workers are waited for in a sync of this layer, if they can be."""
+        if not self._relaxed or self._crew.overrun(workers):
+            return True
+        return layer in (0, self._layers - 1) and not self._drops
 
     def affords(self, kind: Kind, layer: int, missing: set[int]) -> bool:
         """Whether the root may go on without the answers that are missing now."""
@@ -27,6 +35,12 @@ class DoingWithout:
     def affords_always(self, ranks: set[int]) -> bool:
         """Whether the root may go on without these workers, and those it does without already, for tokens to come."""
         return self._relaxed and self._sums.affords_always(self._predictor.rest(0, self._crew.done_without() | ranks))
+
+    def unaffordable(self, silent_s: float, replaced: bool) -> set[int]:
+        """Workers whose work others must do before the next token, of those that are lost or, unless 0, silent for so long; none if the
+        root can go on without them until it has been `replaced` between tokens."""
+        gone = self._crew.gone(silent_s) if silent_s else self._crew.lost()
+        return set() if gone and replaced and self.affords_always(gone) else gone
 
     def stop_asking(self, kind: Kind, layer: int) -> None:
         """Workers with too many requests before them get no more."""

@@ -25,13 +25,12 @@ class AttentionInputs:
         self._wire = "f32" if wire == "f32" else "f16"
         self._rows = np.zeros((layers, context, width), np.float32 if self._wire == "f32" else np.float16)
         self._workers: list[list[int]] = [[] for _ in range(layers)]  # that hold heads
-        self._sent = {rank: np.zeros(layers, int) for rank in range(1, ranks)}  # rows, by layer
+        self._sent = np.zeros((ranks, layers), int)  # rows
         self._row_bytes = width * self._rows.itemsize
         self._chunk = max(1, min(64, CHUNK_BYTES // self._row_bytes))
 
     def begin_text(self) -> None:
-        for sent in self._sent.values():
-            sent[:] = 0
+        self._sent[:] = 0
 
     def follow(self, workers: list[list[int]]) -> None:
         """These hold heads from now on, by layer."""
@@ -41,8 +40,9 @@ class AttentionInputs:
         """normed f32 [T, D] was the layer's input, and these workers were sent it."""
         end = position + len(normed)
         self._rows[layer, position:end] = normed if self._wire == "f32" else normed.clip(-F16_MAX, F16_MAX)
-        for rank in sent_to:
-            self._sent[rank][layer] = end
+        sent = self._sent[:, layer]
+        np.minimum(sent, position, out=sent)  # more was computed for guesses that were wrong
+        sent[sent_to] = end
 
     def rows(self, layer: int, start: int, end: int) -> np.ndarray:
         """Some of a layer's inputs, f32 [end - start, D]."""
@@ -53,28 +53,28 @@ class AttentionInputs:
         for first in range(start, end, self._chunk):
             rows = self.rows(layer, first, min(end, first + self._chunk))
             link.replay(rank, Kind.REFILL, layer, first, rows, epoch, plan, self._wire)
-        self._sent[rank][layer] = max(end, self._sent[rank][layer]) if rank in self._workers[layer] else end
+        self._sent[rank, layer] = max(end, self._sent[rank, layer]) if rank in self._workers[layer] else end
 
     def portion(self, size: int) -> int:
         """How many rows so many bytes are."""
         return max(1, size // self._row_bytes)
 
-    def replay(self, link: RootLink, rank: int, position: int, next_layer: int, epoch: int, plan: int) -> bool:
+    def replay(self, link: RootLink, rank: int, position: int, computed: int, next_layer: int, epoch: int, plan: int) -> bool:
         """Send a worker some of the rows that it lacks; whether these were the last, and few.
 
-        The next attention to compute is that of `next_layer` at `position`; the layers before have done theirs.
+        The next attention to compute is that of `next_layer` over `computed` rows from `position` on; the layers before have done theirs.
         """
         portion = max(LAST_ROWS, self.portion(PORTION_BYTES))
         left = portion
         for layer, sent in enumerate(self._sent[rank].tolist()):
             if rank not in self._workers[layer]:
                 continue
-            rows = position + (layer < next_layer)
+            rows = position + (computed if layer < next_layer else 0)
             for start in range(sent, rows, self._chunk):
                 end = min(rows, start + self._chunk, start + left)
                 if end <= start:
                     return False
                 link.replay(rank, Kind.REPLAY, layer, start, self.rows(layer, start, end), epoch, plan, self._wire)
-                self._sent[rank][layer] = end
+                self._sent[rank, layer] = end
                 left -= end - start
         return portion - left <= LAST_ROWS

@@ -45,6 +45,7 @@ class Holdings:
                  loader: Loader | None = None, budget: int | None = None):  # fmt: skip
         self.kernel, self.share, self.heads, self.groups = kernel, share, list(heads), list(groups)
         self.sizes, self.config = kernel.sizes, kernel.sizes.config
+        self._groups = self.config.groups
         self._store, self.ranks, self._first, self._budget = store, ranks, loader, budget
         self.meanwhile: Callable[[], None] = lambda: None  # again and again while weights are waited for
         self.plan = 0
@@ -56,7 +57,7 @@ class Holdings:
         """This rank's part of a sync's work, in even shares: 1.0 is as much as everybody would have."""
         if kind == Kind.ATTENTION:
             return len(self.heads[layer]) * self.ranks / self.config.heads
-        return len(self.groups[layer]) * self.ranks / self.config.groups
+        return len(self.groups[layer]) * self.ranks / self._groups
 
     @property
     def weights_bytes(self) -> int:

@@ -30,7 +30,7 @@ from halo_mpi.errors import (
 )
 from halo_mpi.wire.sockets import ask_for_two_connections
 
-START_S = 60  # so long may MPI take to start; twice as long under halo-mpirun, which gives it up sooner and starts it again
+START_S = 60  # so long may MPI take to start; three times as long under halo-mpirun, which gives it up sooner and starts it again
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
 NEWS_S = 1.0  # that the root has ended may be known before the root's own last line is
 
@@ -46,7 +46,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         ask_for_two_connections()
     stage.enter("mpi")
     # Ends the process even inside MPI's start, which hangs if a rank ends in the middle of it.
-    signal.alarm(2 * START_S if EXIT_FILE in os.environ else START_S)
+    signal.alarm(3 * START_S if EXIT_FILE in os.environ else START_S)
     try:
         from mpi4py import MPI
 

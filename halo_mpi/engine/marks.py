@@ -2,8 +2,8 @@
 
 Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines generation-begin, phase NAME,
 token N and generation-end; from every rank `rank-R.pid`. From the lab: `go` and `calm`, for which rank 0 waits after the first and
-the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "spoil": true, which may change at any time. Without a lab
-nothing happens.
+the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which may change at any
+time. Without a lab nothing happens.
 """
 
 import json
@@ -50,17 +50,19 @@ class Marks:
         """Generation is over; waits until the lab has switched its losses off."""
         self._write("generation-end", "calm")
 
-    def pace(self, begin: float, share: float) -> None:
+    def pace(self, begin: float, share: float, rows: int = 1) -> None:
         """Sleep until a request that began at `begin` (perf_counter) has taken as long as on the device that the lab plays.
 
         `share` is this rank's part of the sync's work in even shares of all ranks: with pace_ms the request takes at least
-        pace_ms x share, and both that and the time computed are divided by the slowdown (0.25: four times as long).
+        pace_ms x share, and row_share of it more for every row but the first; that and the time computed are divided by the slowdown
+        (0.25: four times as long).
         """
         pace = self.current_pace()
         if pace is None:
             return
         computed_s = time.perf_counter() - begin
-        wanted_s = max(computed_s, pace["pace_ms"] * share / 1e3) / pace["slowdown"]
+        least_s = pace["pace_ms"] * share * (1 + pace.get("row_share", 0.0) * (rows - 1)) / 1e3
+        wanted_s = max(computed_s, least_s) / pace["slowdown"]
         if wanted_s > computed_s:
             time.sleep(wanted_s - computed_s)
 

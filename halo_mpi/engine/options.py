@@ -125,8 +125,9 @@ _OPTIONS = (
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True,
                  help="What multiplies. llvm: code compiled for this processor, for int4 and int8 models. reference: torch in f32, exact "
                       "and slow. auto: llvm where it works."),
-    click.option("--cache", type=click.Choice(["f32", "f16"]), default="f32", show_default=True,
-                 help="Numbers of the KV cache: f16 takes half the memory, and half the reading in long texts."),
+    click.option("--cache", type=click.Choice(["auto", "f32", "f16"]), default="auto", show_default=True,
+                 help="Numbers of the KV cache. f16 takes half the memory, and half the reading in long texts. auto: f16, but f32 with "
+                      "--kernel reference."),
     click.option("--placement", default="auto", show_default=True, metavar="auto|even|importance|root-attention|FILE",
                  help="Who computes what. auto: devices and links are measured at start, in about a second, and get the shares with "
                       "which a token takes least time, or even ones if that is within a tenth (see `halo-mpi plan`). importance: even "

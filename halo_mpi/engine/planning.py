@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
-    free = free_bytes(session.ranks_on_host)
+    free = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
     budget, store = session.run.memory, session.store
     reads = (
         budget is not None and budget <= free

@@ -46,6 +46,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "kernel": session.kernel.name,
         "isa": session.kernel.isa,
         "threads": session.kernel.threads,
+        "cache": session.kernel.sizes.cache_dtype,
         "placement": session.root.mover.plan.name,
         "sync": {
             "mode": sync.mode,

@@ -51,6 +51,11 @@ class Rescue:
         """Those of the ranks that have work under the plan in force."""
         return {rank for rank in ranks if rank in self._mover.plan.query or rank in self._mover.plan.ffn}
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody who is back waits for its work."""
+        return self._without <= self._crew.lost()
+
     def look(self, waited_for: set[int], since: float, patience_s: Callable[[int], float]) -> None:
         """Whether somebody who is waited for `since` then says nothing for longer than `silent_s` and `patience_s` of the worker.
 

@@ -14,6 +14,7 @@ import numpy as np
 from halo_mpi.engine.check import Check
 from halo_mpi.engine.crew import UNKNOWN_S, Crew, WorkersGone
 from halo_mpi.engine.doing_without import DoingWithout
+from halo_mpi.engine.held_text import HeldText
 from halo_mpi.engine.history import AttentionInputs
 from halo_mpi.engine.holdings import Holdings
 from halo_mpi.engine.late_sums import LateSums
@@ -53,37 +54,49 @@ class Root:
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        history = None
-        if link.workers and keeps:
-            history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire)
+        kept = keeps and link.workers
+        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if kept else None
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note, warn)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
         self.rescue: Rescue | None = None
         self.predictor, self._vocabulary = predictor, vocabulary
         self._check = Check() if sync.check else None
-        self._without = DoingWithout(self.crew, self._sums, predictor, self._relaxed, self._drops, self._check)
+        self._without = DoingWithout(self.crew, self._sums, predictor, config.layers, self._relaxed, self._drops, self._check)
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
-        self._epoch, self._text = 0, []
-        self._whole = True  # the caches hold the text so far
+        self._epoch, self._text, self._whole = 0, HeldText(), True  # whole: the caches hold the text so far
         self.compute_s = 0.0  # own share and head
         self.computed_tokens = 0
 
-    def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Compute a new text's first tokens in chunks; logits f32 [V] after the last of them, valid until the next call."""
-        for start in range(0, len(tokens), PREFILL_ROWS):
+    def held(self, tokens: list[int]) -> int:
+        """How many of a new text's first tokens need not be computed, since the caches hold them; not the last."""
+        at_home = self.mover.idle and self.crew.all_at_work() and (self.rescue is None or self.rescue.settled)
+        return self._text.shared(tokens[:-1]) if at_home else 0
+
+    def prefill(self, tokens: list[int], held: int = 0) -> np.ndarray:
+        """Compute a new text's first tokens, but for the `held`, in chunks; logits f32 [V] after the last, valid until the next call."""
+        if held:
+            self.predictor.begin_text()
+        for start in range(held, len(tokens), PREFILL_ROWS):
             x = self._compute(tokens[start : start + PREFILL_ROWS], start, decoding=False)
-        return self._logits(x)
+        return self._logits(x[-1:])[0]
 
     def step(self, token: int, position: int) -> np.ndarray:
         """Compute one token at `position`; logits f32 [V] for the next, valid until the next call."""
-        return self._logits(self._compute([token], position, decoding=True))
+        return self.steps([token], position)[0]
+
+    def steps(self, tokens: list[int], position: int) -> np.ndarray:
+        """Compute the token at `position` and, strict only, guesses of those after it; logits f32 [T, V] after each.
+
+        They are valid until the next call. What was computed from `position` on before, of guesses that were wrong, is forgotten.
+        """
+        return self._logits(self._compute(tokens, position, decoding=True))
 
     def _compute(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
         """The last residual vectors [T, D] of the tokens, whoever is lost meanwhile."""
-        self._text[position:] = tokens
         if position == 0:
             self.crew.begin_text(wait_for_all=not (self.rescue and self.rescue.silent_s))
+        self._text.compute(tokens, position, exact=not (self._relaxed and (decoding or self.crew.done_without())))
         self._link.touch()
         while True:
             try:
@@ -96,11 +109,8 @@ class Root:
 
     def _rescue(self, position: int, decoding: bool) -> None:
         """Let others do the work of those that the root cannot do without; in relaxed mode the replacer may see to it later."""
-        gone, rescue = self.crew.done_without(), self.rescue
-        if gone and self._relaxed and decoding:
-            gone = self.crew.gone(rescue.silent_s) if rescue.silent_s else self.crew.lost()
-            if self.replacer and self.mover.may_move and self._without.affords_always(gone):
-                gone = set()
+        rescue, replaces = self.rescue, self.replacer is not None and self.mover.may_move
+        gone = self._without.unaffordable(rescue.silent_s, replaces) if self._relaxed and decoding else self.crew.done_without()
         if rescue.with_work(gone):
             self._whole &= rescue.take_over(position, self._epoch)
         elif not self.mover.idle:
@@ -109,7 +119,7 @@ class Root:
             rescue.before_token(position, self._epoch)
         if not self._whole:
             for start in range(0, position, PREFILL_ROWS):
-                self._forward(self._text[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
+                self._forward(self._text.tokens[start : min(start + PREFILL_ROWS, position)], start, decoding=False)
             self._whole = True
 
     def _forward(self, tokens: list[int], position: int, decoding: bool) -> np.ndarray:
@@ -148,7 +158,7 @@ class Root:
             if self._relaxed:
                 self._without.stop_asking(kind, layer)
             if kind == Kind.ATTENTION:
-                self.crew.welcome_back(position, layer, self._epoch, self.mover.number)
+                self.crew.welcome_back(position, len(x), layer, self._epoch, self.mover.number)
         workers, asked = self.crew.asked(kind, layer)
         seq = self._ask(kind, layer, position, normed, asked)
         if bias is not None:
@@ -158,18 +168,18 @@ class Root:
             self._holdings.need(at)
             start, share = time.perf_counter(), self._holdings.share
             own = share.attention(layer, normed, position) if kind == Kind.ATTENTION else share.ffn(layer, normed)
-            self._marks.pace(start, even_share)
+            self._marks.pace(start, even_share, len(x))
             took_s = time.perf_counter() - start
             self.compute_s += took_s
             if self.replacer and decoding:
-                self.replacer.computed(0, kind, layer, took_s)
+                self.replacer.computed(0, kind, layer, took_s, len(x))
             x = self._add(x, own)
         if self._relaxed and decoding:
             self.predictor.look_ahead(kind, layer, normed)
         if decoding:
             for rank in workers:
                 self.ledger.ask(rank)
-        exact = self._must_be_exact(kind, layer, position, asked, decoding)
+        exact = not decoding or position < SINKS or self._without.must_be_exact(layer, asked)
         answers, late = self._collect(
             seq, kind, layer, asked, exact, decoding, lambda rank: self.crew.computing_s(rank, kind, layer, len(x), took_s)
         )
@@ -187,11 +197,6 @@ class Root:
             self.ledger.sync_ms.append((time.perf_counter() - begin) * 1e3)
         return x
 
-    def _must_be_exact(self, kind: Kind, layer: int, position: int, workers: list[int], decoding: bool) -> bool:
-        if not self._relaxed or not decoding or position < SINKS or self.crew.overrun(workers):
-            return True
-        return layer in (0, self._config.layers - 1) and not self._drops
-
     def _ask(self, kind: Kind, layer: int, position: int, normed: np.ndarray, workers: list[int]) -> int:
         link, seq = self._link, self._link.seq + 1
         if workers:
@@ -204,6 +209,8 @@ class Root:
                  patience_s: Callable[[int], float]) -> tuple[dict[int, np.ndarray], set[int]]:  # fmt: skip
         """The answers, f32 [T, D] by worker: all, or those in time where the root may go on without the others; and who was late."""
         link, ledger, crew = self._link, self.ledger, self.crew
+        if not link.workers:
+            return {}, set()
         missing, late, answers = {rank for rank in workers if not crew.does_without(rank)}, set(), {}
         own_done = link.waiter.now()
         vigil = Vigil(own_done)
@@ -289,7 +296,6 @@ class Root:
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        last = self._holdings.kernel.norm(x[-1:], self._norms.final, self._config.norm_eps)
-        logits = self._vocabulary.logits(last)[0]
+        logits = self._vocabulary.logits(self._holdings.kernel.norm(x, self._norms.final, self._config.norm_eps))
         self.compute_s += time.perf_counter() - start
         return logits

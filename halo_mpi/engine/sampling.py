@@ -7,6 +7,9 @@ import numpy as np
 from halo_mpi.errors import HaloError, UsageError
 
 
+FIRST = 256  # tokens that are sorted, and more only if these do not reach top_p
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen and when a text ends. Temperature 0 is greedy; 0 switches top_k and min_p off, 1 top_p."""
@@ -67,7 +70,10 @@ class Sampler:
         2407.01082). Raises HaloError if the logits are not finite.
         """
         require_finite(logits)
-        how, logits = self._sampling, logits.astype(np.float64)
+        how = self._sampling
+        if how.temperature == 0 and how.repetition_penalty == 1 and (best := int(logits.argmax())) not in self._banned:
+            return best
+        logits = logits.astype(np.float64)
         if how.repetition_penalty != 1:
             seen = np.unique(np.array(text, np.int64))
             logits[seen] = np.where(
@@ -76,12 +82,30 @@ class Sampler:
         logits[self._banned] = -np.inf
         if how.temperature == 0:
             return int(logits.argmax())
-        order = np.argsort(-logits, kind="stable")
-        if how.top_k:
-            order = order[: how.top_k]
-        probability = np.exp(np.maximum(logits[order] - logits[order[0]], -1e3 * how.temperature) / how.temperature)
-        probability /= probability.sum()
-        keep = np.cumsum(probability) - probability < how.top_p  # the first token that reaches top_p stays
-        keep &= probability >= how.min_p * probability[0]
-        probability = np.where(keep, probability, 0)
-        return int(self._random.choice(order, p=probability / probability.sum()))
+        best = logits.max()
+        if how.top_k and how.top_k < len(logits):
+            least = np.partition(logits, -how.top_k)[-how.top_k]
+            rest = np.flatnonzero(logits == least)[how.top_k - np.count_nonzero(logits > least) :]  # of equals the first stay
+            logits[logits < least], logits[rest] = -np.inf, -np.inf
+        probability = np.exp(np.maximum(logits - best, -1e3 * how.temperature) / how.temperature)
+        beyond = self._beyond(probability, how.top_p) if how.top_p < 1 else []
+        probability[probability < how.min_p] = 0  # the best one's is 1
+        probability[beyond] = 0
+        ends = np.cumsum(probability)
+        drawn = np.searchsorted(ends, self._random.random() * ends[-1], side="right")
+        return int(min(drawn, np.flatnonzero(probability)[-1]))  # the product may be rounded up
+
+    @staticmethod
+    def _beyond(probability: np.ndarray, top_p: float) -> np.ndarray:
+        """The tokens behind those that reach `top_p` of all, by probability; the first that reaches it is not one of them."""
+        wanted, count = top_p * probability.sum(), FIRST
+        while True:
+            count = min(count, len(probability))
+            likely = np.argpartition(-probability, count - 1)[:count] if count < len(probability) else np.arange(count)
+            order = likely[np.lexsort((likely, -probability[likely]))]
+            before = np.cumsum(probability[order]) - probability[order]
+            if before[-1] >= wanted or count == len(probability):
+                behind = np.ones(len(probability), bool)
+                behind[order[before < wanted]] = False
+                return np.flatnonzero(behind)
+            count *= 8

@@ -115,7 +115,7 @@ def _head_rows(session: Session, residence: Residence, beside: int) -> list[int]
     planned, rank = session.head_rows, session.comm.rank
     if not any(planned[1:]):
         return planned
-    budget = free_bytes(session.ranks_on_host)
+    budget = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
     if session.run.memory is not None:
         budget = min(budget, session.run.memory)
     needed = residence.nbytes + beside + (shape_bytes(session.kernel.sizes.scores(planned[rank])) if rank else 0)
@@ -128,6 +128,7 @@ def _head_rows(session: Session, residence: Residence, beside: int) -> list[int]
 
 def _check(session: Session, weights: int, cache: int) -> None:
     resident = psutil.Process().memory_info().rss
-    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.run.memory)
+    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.run.memory,
+                session.kernel.program_bytes)  # fmt: skip
     needs = gather(session.comm, {name: getattr(mine, name) for name in Need.__slots__})
     session.on_root(lambda: check_memory([Need(**need) for need in needs], session.context))

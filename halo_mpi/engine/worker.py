@@ -75,7 +75,7 @@ class Worker:
         begin = time.perf_counter()
         y, pace = self._compute(request) if self._link.is_current(request) else (None, 0.0)
         if pace:
-            self._marks.pace(begin, pace)
+            self._marks.pace(begin, pace, 1 if y is None else len(y))
         took_s = time.perf_counter() - begin
         self.compute_s += took_s
         if y is not None and self._marks.spoils():

@@ -8,8 +8,6 @@ import psutil
 
 from halo_mpi.errors import MemoryBudgetError
 
-BASE_BYTES = 320 * 2**20  # interpreter, torch and MPI of one rank: 284 to 324 MB (rss_bytes - weights_bytes in reports)
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -31,6 +29,7 @@ class Need:
     resident: int  # already taken by the program itself
     available: int  # free on the host, shared by its ranks
     budget: int | None  # --memory, of weights and cache of one rank
+    program: int  # what the program will take in the end, beside weights and cache
 
 
 def available_bytes() -> int:
@@ -51,9 +50,9 @@ def available_bytes() -> int:
     return max(0, free)
 
 
-def free_bytes(ranks_on_host: int) -> int:
-    """What one of so many ranks may take for weights and cache."""
-    program = max(0, BASE_BYTES - psutil.Process().memory_info().rss)  # what it will take beside them
+def free_bytes(ranks_on_host: int, program_bytes: int) -> int:
+    """What one of so many ranks may take for weights and cache; `program_bytes`: what the program takes in the end."""
+    program = max(0, program_bytes - psutil.Process().memory_info().rss)  # what it will take beside them
     return max(0, available_bytes() // ranks_on_host - program)
 
 
@@ -85,7 +84,7 @@ def check_memory(needs: list[Need], context: int) -> None:
             )
     for machine in sorted({need.machine for need in needs}):
         here = [need for need in needs if need.machine == machine]
-        programs = sum(max(0, BASE_BYTES - need.resident) for need in here)
+        programs = sum(max(0, need.program - need.resident) for need in here)
         total = sum(need.weights + need.cache for need in here) + programs
         free = min(need.available for need in here)
         if total > free:

@@ -21,6 +21,7 @@ TOUCH_S = 30.0  # between two messages that only tell that the root is there
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
 LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
+FEW_ROWS = 16  # whose answer takes about as long as that to one
 
 
 class RootLink:
@@ -165,7 +166,7 @@ class RootLink:
                     self.failures.setdefault(rank, "its partial sums are not finite; check its memory")
                     continue
                 asked = peer.asked_at.pop(seq)
-                if header["rows"] == 1 and kind not in (Kind.PING, Kind.HEAD) and seq >= peer.judged_from:
+                if header["rows"] <= FEW_ROWS and kind not in (Kind.PING, Kind.HEAD) and seq >= peer.judged_from:
                     peer.deadline.observe(now - asked)
                 self._forget(peer)
                 took_s = int(header["lag"]) * TOOK_S if header["lag"] < LONGEST_TOOK else now - asked

@@ -6,14 +6,14 @@ from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.root import Root
 from halo_mpi.generate import generate
 
-step = Root.step
+compute = Root.steps
 
 
-def slow_step(self, token, position):
+def slow_step(self, tokens, position):
     print("stepping", flush=True)
     time.sleep(0.5)
-    return step(self, token, position)
+    return compute(self, tokens, position)
 
 
-Root.step = slow_step
+Root.steps = slow_step
 run_distributed(generate)

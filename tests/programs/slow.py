@@ -12,15 +12,15 @@ from halo_mpi.engine.root import Root
 from halo_mpi.generate import generate
 
 TOKEN_S = json.loads(os.environ.get("HALO_TEST_TOKEN_S", "{}"))
-step = Root.step
+compute = Root.steps
 
 
-def slow_step(self, token, position):
+def slow_step(self, tokens, position):
     from mpi4py import MPI  # which `run_distributed` must be the first to import
 
     time.sleep(TOKEN_S.get(str(MPI.COMM_WORLD.size), 0.05))
-    return step(self, token, position)
+    return compute(self, tokens, position)
 
 
-Root.step = slow_step
+Root.steps = slow_step
 run_distributed(generate)

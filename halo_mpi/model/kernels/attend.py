@@ -1,16 +1,17 @@
 """Attention of some rows over a KV head's cache, tile by tile, so that keys and values are read from memory once for all queries.
 
-A tile is 32 positions, counted from position 0. Of every tile, a query's scores are turned into weights relative to the largest score
-so far, and what was mixed before is scaled down when a larger one appears (online softmax, arXiv 1805.02867). Each query goes through
-the same operations in the same order, whatever other rows and heads are there.
+A tile is 32 positions, counted from position 0. Of every tile, a query's scores are turned into weights relative to the largest
+score so far, and what was mixed before is scaled down when a larger one appears (online softmax, arXiv 1805.02867). Each query
+goes through the same operations in the same order, whatever other rows and heads are there.
 """
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit
+from numba import carray
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import step
 from halo_mpi.model.kernels.vectors import F32, LANES, Lanes, compiled, floats_at, from_half, halves_at
 
 TILE = 32  # positions; with their values 16 KiB at head dimension 64, half of a Cortex-A76's L1
@@ -106,9 +107,9 @@ def mix_few(typing, weights, count, values, stride, state, mixed):
     return compiled(lambda lanes, *values: _emit_mix(lanes, 1, *values), 6)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def copy_tile(cache, first, count, dim, half, tile):
-    """Positions from a cache [context, dim] (an address) to a tile [32, dim filled up to 8] of f32, whose columns beyond dim are 0."""
+    """Positions from a cache [context, dim] to a tile [32, dim filled up to 8] of f32, whose columns beyond dim are 0."""
     width = -(-dim // LANES) * LANES
     to = carray(floats_at(tile), (TILE, width))
     if half:
@@ -127,10 +128,10 @@ def copy_tile(cache, first, count, dim, half, tile):
                 to[i, j] = 0
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, half, position, rows, mixed, mixed_stride,
            head_columns, scratch):  # fmt: skip
-    """Rows at `position` ..., of neighbouring query heads that share a KV head, whose keys and values [context, dim] include them.
+    """Rows at `position` ... of neighbouring query heads that share a KV head; its keys and values [context, dim] include them.
 
     queries     f32 [rows, query_stride], scaled and rotated; a head's begin `head_rows` after another's
     mixed       f32 [rows, mixed_stride]; a head's begin `head_columns` after another's

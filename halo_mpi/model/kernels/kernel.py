@@ -54,12 +54,14 @@ class Head(Protocol):
 
 
 class Kernel(Protocol):
-    """Of one model. `sizes`: what its matrices take; `threads`: that compute; `isa`: the instructions that it uses."""
+    """Of one model. `sizes`: what its matrices take; `threads`: that compute; `isa`: the instructions that it uses;
+    `program_bytes`: what a rank takes beside weights and cache."""
 
     name: str
     isa: str
     sizes: Sizes
     threads: int
+    program_bytes: int
 
     def prepare(self) -> None:
         """Compile whatever was not compiled before on this machine, which may take a minute."""

@@ -3,13 +3,18 @@
     attention   x -> int8 -> qkv -> rotate, append to the cache -> attend -> int8 -> o
     ffn         x -> int8 -> gate, up -> silu(gate) * up -> int8 -> down
 
-Rows go through in chunks of at most 64, whose intermediate values stay in the second-level cache; a row's result does not depend on the
-others'. All threads of a team run the same function, and meet where a step needs what the others made.
+Rows go through in chunks of at most 64, whose intermediate values stay in the second-level cache; a row's result does not
+depend on the others'. All threads of a team run the same function, and meet where a step needs what the others made.
 """
 
-from numba import carray, from_dtype, njit
+from dataclasses import dataclass
+from functools import cache
+
+from numba import carray, from_dtype
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import part
 from halo_mpi.model.kernels.steps import (
     ATTENTION,
     FFN,
@@ -23,15 +28,27 @@ from halo_mpi.model.kernels.steps import (
     quantize_rows,
     result_product,
 )
-from halo_mpi.model.kernels.team import JOB, LINE_WORDS, QUIT, await_call, call, meet
-from halo_mpi.model.kernels.vectors import BLOCK, pointer_to, words_at
+from halo_mpi.model.kernels.team import meet
+from halo_mpi.model.kernels.vectors import BLOCK, pointer_to
 
 ROWS = 64  # of a chunk
-ATTEND, APPEND, FEED, MULTIPLY = range(QUIT + 1, QUIT + 5)  # kinds of jobs
 
 
-@njit(nogil=True, error_model="numpy")
-def attention_part(a, work, x, count, position, result, thread):
+def _record_at(dtype):
+    @intrinsic
+    def at(typing, address):
+        """A pointer to a record."""
+        return pointer_to(from_dtype(dtype))
+
+    return at
+
+
+attention_at, ffn_at, matrix_at, work_at = (_record_at(dtype) for dtype in (ATTENTION, FFN, MATRIX, WORK))
+
+
+def attention(data, works, x, count, position, result, thread):
+    """result = what a layer's heads add, [count, hidden], for the normed input x [count, hidden]; appends K and V."""
+    a, work = carray(attention_at(data), 1)[0], carray(work_at(works), 1)[0]
     board, threads = work.board, work.threads
     stride, mixed = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK
     for first in range(0, count, ROWS):
@@ -50,8 +67,9 @@ def attention_part(a, work, x, count, position, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
-def append_part(a, work, x, count, position, thread):
+def append(data, works, x, count, position, result, thread):
+    """Only append K and V of the normed input x [count, hidden] at `position`."""
+    a, work = carray(attention_at(data), 1)[0], carray(work_at(works), 1)[0]
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
         rows = min(ROWS, count - first)
@@ -63,8 +81,9 @@ def append_part(a, work, x, count, position, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
-def ffn_part(f, work, x, count, result, thread):
+def ffn(data, works, x, count, position, result, thread):
+    """result [count, hidden] = what the neurons of a layer add, for the normed input x [count, hidden]."""
+    f, work = carray(ffn_at(data), 1)[0], carray(work_at(works), 1)[0]
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
         rows, offset = min(ROWS, count - first), 4 * first * f.hidden
@@ -78,8 +97,9 @@ def ffn_part(f, work, x, count, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy")
-def product_part(matrix, work, x, count, columns, result, thread):
+def multiply_rows(data, works, x, count, columns, result, thread):
+    """result [count, matrix rows] = matrix * x [count, columns]."""
+    matrix, work = carray(matrix_at(data), 1)[0], carray(work_at(works), 1)[0]
     board, threads = work.board, work.threads
     for first in range(0, count, ROWS):
         rows = min(ROWS, count - first)
@@ -89,71 +109,19 @@ def product_part(matrix, work, x, count, columns, result, thread):
         meet(board, threads)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def attention(layers, works, x, position, result):
-    """result [T, hidden] = what the heads of layers[0] add, for the normed input x [T, hidden]; appends K and V at `position`."""
-    work = works[0]
-    if work.threads > 1:
-        call(work.board, ATTEND, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), position, result.ctypes.data)
-    attention_part(layers[0], work, x.ctypes.data, len(x), position, result.ctypes.data, 0)
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Addresses of the functions above."""
+
+    attention: int
+    append: int
+    ffn: int
+    multiply_rows: int
+    _functions: tuple[CFunc, ...]  # own the code
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def append(layers, works, x, position):
-    """Only append K and V of the normed input x [T, hidden] at `position`."""
-    work = works[0]
-    if work.threads > 1:
-        call(work.board, APPEND, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), position, 0)
-    append_part(layers[0], work, x.ctypes.data, len(x), position, 0)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def ffn(layers, works, x, result):
-    """result [T, hidden] = what the neurons of layers[0] add, for the normed input x [T, hidden]."""
-    work = works[0]
-    if work.threads > 1:
-        call(work.board, FEED, layers.ctypes.data, works.ctypes.data, x.ctypes.data, len(x), 0, result.ctypes.data)
-    ffn_part(layers[0], work, x.ctypes.data, len(x), result.ctypes.data, 0)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def rows_product(matrices, works, x, result):
-    """result [T, matrix rows] = matrices[0] * x [T, columns]."""
-    work, columns = works[0], x.shape[1]
-    if work.threads > 1:
-        data = matrices.ctypes.data
-        call(work.board, MULTIPLY, data, works.ctypes.data, x.ctypes.data, len(x), columns, result.ctypes.data)
-    product_part(matrices[0], work, x.ctypes.data, len(x), columns, result.ctypes.data, 0)
-
-
-def _record_at(dtype):
-    @intrinsic
-    def at(typing, address):
-        """A pointer to a record."""
-        return pointer_to(from_dtype(dtype))
-
-    return at
-
-
-attention_at, ffn_at, matrix_at, work_at = (_record_at(dtype) for dtype in (ATTENTION, FFN, MATRIX, WORK))
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def serve(board, thread):
-    """Take part in all calls of a team until it is told to quit."""
-    address, calls = board.ctypes.data, 0
-    job = carray(words_at(address + 8 * JOB), LINE_WORDS)
-    while True:
-        calls = await_call(address, calls)
-        kind, data, x, count, position, result = job[0], job[1], job[3], job[4], job[5], job[6]
-        if kind == QUIT:
-            return
-        work = carray(work_at(job[2]), 1)[0]
-        if kind == ATTEND:
-            attention_part(carray(attention_at(data), 1)[0], work, x, count, position, result, thread)
-        elif kind == APPEND:
-            append_part(carray(attention_at(data), 1)[0], work, x, count, position, thread)
-        elif kind == FEED:
-            ffn_part(carray(ffn_at(data), 1)[0], work, x, count, result, thread)
-        else:
-            product_part(carray(matrix_at(data), 1)[0], work, x, count, position, result, thread)
+@cache
+def parts() -> Parts:
+    """Compiled, or taken from the disk."""
+    functions = tuple(part(function, 7) for function in (attention, append, ffn, multiply_rows))
+    return Parts(*(function.address for function in functions), functions)

@@ -1,8 +1,8 @@
 """Single rows of a quantized matrix as f32: the embedding of tokens."""
 
 import numpy as np
-from numba import njit
 
+from halo_mpi.model.kernels.jit import entry
 from halo_mpi.model.kernels.tiles import TILE_ROWS, Tiles
 from halo_mpi.model.kernels.vectors import BLOCK, from_half
 
@@ -20,7 +20,7 @@ def dequantized_rows(tiles: Tiles, indices: list[int] | np.ndarray, columns: int
     return result
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def read_int8(codes, scale, indices, result):
     """codes int8 [b, g, 512]; scale: bits of f16 [b, g, 16]."""
     for number, index in enumerate(indices):
@@ -31,7 +31,7 @@ def read_int8(codes, scale, indices, result):
             result[number, column] = np.float32(code) * from_half(scale[down, across, row])
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@entry
 def read_int4(codes, scale, minimum, indices, result):
     """codes uint8 [b, g, 256]; scale, minimum: bits of f16 [b, g, 16]."""
     for number, index in enumerate(indices):

@@ -1,7 +1,7 @@
 """The norm of residual vectors as one compiled call: NumPy takes five, and a token has two norms a layer."""
 
 import numpy as np
-from numba import njit
+from halo_mpi.model.kernels.jit import entry_adding_up
 
 
 def normalize(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -11,7 +11,7 @@ def normalize(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return result
 
 
-@njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "contract"})
+@entry_adding_up
 def _normalize(x, weight, eps, result):
     columns = x.shape[1]
     for row in range(x.shape[0]):

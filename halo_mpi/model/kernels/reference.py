@@ -15,6 +15,7 @@ class Reference:
     """The kernel of this name."""
 
     name, isa = "reference", "torch"
+    program_bytes = 320 * 2**20  # interpreter, torch and MPI: 284 to 324 MB (rss_bytes - weights_bytes in reports)
 
     def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
         self.sizes, self.threads = Sizes(config, cache_dtype=cache), threads

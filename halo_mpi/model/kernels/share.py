@@ -9,7 +9,7 @@ import numpy as np
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.attend import STATE, TILE
 from halo_mpi.model.kernels.compiled import products
-from halo_mpi.model.kernels.layer import ROWS, append, attention, ffn, rows_product, serve
+from halo_mpi.model.kernels.layer import ROWS, parts
 from halo_mpi.model.kernels.lookup import dequantized_rows
 from halo_mpi.model.kernels.steps import ATTENTION, BUFFERS, FFN, MATRIX, WORK
 from halo_mpi.model.kernels.team import Team
@@ -22,11 +22,12 @@ from halo_mpi.store.encoding import TILE_ROWS
 class CompiledShare:
     """A rank's heads and neurons of every layer, with the KV cache of those heads; see model/llama.py.
 
-    What is returned is valid until the next call of the same method. `cache_dtype`: np.float32 or np.float16.
+    What is returned is valid until the next call of the same method. Inputs are f32, contiguous and writable.
+    `cache_dtype`: np.float32 or np.float16.
     """
 
     def __init__(self, config: ModelConfig, layers: list[LayerWeights], context: int, cache_dtype: type = np.float32,
-                 threads: int = 1):  # fmt: skip
+                 team: Team | None = None):  # fmt: skip
         self.config = config
         self.layers = layers
         self.context, self.filled = context, 0  # positions of the cache that were ever filled
@@ -35,7 +36,8 @@ class CompiledShare:
         self._angles = config.rotary_tables(context)  # cos, sin, f32 [context, head_dim / 2]
         self._attention: list[BoundAttention | None] = [None] * len(layers)
         self._ffn: list[BoundFfn | None] = [None] * len(layers)
-        self._work = Work(Team(threads, serve))
+        self.team, self._parts, self._hidden = team or Team(1), parts(), config.hidden
+        self._work = Work(self.team)
         self._sums = Results(config.hidden), Results(config.hidden)  # of attention, of the FFN
 
     def empty_cache(self, kv_heads: int) -> Cache:
@@ -50,7 +52,7 @@ class CompiledShare:
             bound = self._attention[layer] = BoundAttention(weights, kv, self.config, self._angles, self._work)
         result = self._sums[0].of(len(x))
         self._fill(position, len(x))
-        attention(bound.record, self._work.record, x, position, result)
+        self.team.run(self._parts.attention, bound.address, self._work.address, x, position, result, self._hidden, self._hidden)
         return result
 
     def append(self, layer: int, x: np.ndarray, position: int, coming: tuple[LayerWeights, Cache] | None = None) -> None:
@@ -60,7 +62,7 @@ class CompiledShare:
         if bound is None or not bound.is_of(weights, kv):
             bound = BoundAttention(weights, kv, self.config, self._angles, self._work)
         self._fill(position, len(x))
-        append(bound.record, self._work.record, x, position)
+        self.team.run(self._parts.append, bound.address, self._work.address, x, position, x, self._hidden, self._hidden)
 
     def ffn(self, layer: int, x: np.ndarray) -> np.ndarray:
         """Partial sum of the own FFN neurons, [T, D], for the normed input x [T, D]."""
@@ -68,7 +70,7 @@ class CompiledShare:
         if bound is None or not bound.is_of(weights):
             bound = self._ffn[layer] = BoundFfn(weights, self.config.hidden, self._work)
         result = self._sums[1].of(len(x))
-        ffn(bound.record, self._work.record, x, result)
+        self.team.run(self._parts.ffn, bound.address, self._work.address, x, 0, result, self._hidden, self._hidden)
         return result
 
     def _fill(self, position: int, rows: int) -> None:
@@ -82,18 +84,20 @@ class CompiledShare:
 class CompiledHead:
     """The vocabulary: a quantized matrix [V, D], as the head that scores tokens and as their embedding."""
 
-    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, threads: int = 1):
+    def __init__(self, tiles: Tiles, vocabulary: int, hidden: int, team: Team | None = None):
         self.tiles, self._vocabulary, self._hidden = tiles, vocabulary, hidden
         self._record = np.zeros(1, MATRIX)
         describe(self._record[0], tiles, None)
-        self._work = Work(Team(threads, serve))
+        self._team = team or Team(1)
+        self._work = Work(self._team)
         self._work.reserve(inputs=tiles.shape[1])
         self._results = Results(tiles.shape[0], rows=8)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """[T, V] for the normed residual vectors x [T, D]; valid until the next call."""
         result = self._results.of(len(x))
-        rows_product(self._record, self._work.record, x, result)
+        data, work, made = self._record.ctypes.data, self._work.address, self.tiles.shape[0]
+        self._team.run(parts().multiply_rows, data, work, x, self._hidden, result, self._hidden, made)
         return result[:, : self._vocabulary]
 
     def part(self, start: int, stop: int) -> "CompiledHead":
@@ -112,6 +116,7 @@ class BoundAttention:
         self._kv, self._qkv, self._bias, self._o, self._runs = kv, weights.qkv, weights.qkv_bias, weights.o, weights.runs
         self._numbers = np.array(weights.runs, np.int64).reshape(-1, 3)
         self.record = np.zeros(1, ATTENTION)
+        self.address = self.record.ctypes.data
         record, (keys, values) = self.record[0], kv
         heads, kv_heads, (rows, hidden) = weights.runs[-1][2], len(weights.runs), weights.qkv.shape
         if keys.shape != values.shape or not keys.flags.c_contiguous or not values.flags.c_contiguous:
@@ -144,6 +149,7 @@ class BoundFfn:
     def __init__(self, weights: LayerWeights, hidden: int, work: "Work"):
         self._gate_up, self._bias, self._down = weights.gate_up, weights.gate_up_bias, weights.down
         self.record = np.zeros(1, FFN)
+        self.address = self.record.ctypes.data
         describe(self.record[0]["gate_up"], weights.gate_up, weights.gate_up_bias)
         describe(self.record[0]["down"], weights.down, None)
         self.record[0]["hidden"] = hidden
@@ -159,7 +165,8 @@ class Work:
 
     def __init__(self, team: Team):
         self.record = np.zeros(1, WORK)
-        self.record[0]["board"], self.record[0]["threads"] = team.board.ctypes.data, team.threads
+        self.address = self.record.ctypes.data
+        self.record[0]["board"], self.record[0]["threads"] = team.board, team.threads
         self._team = team
         self._sizes = dict.fromkeys(BUFFERS, 0)
         self._memory: list[np.ndarray] = []

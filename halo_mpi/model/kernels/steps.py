@@ -1,15 +1,16 @@
 """The steps of a layer's halves, each on the part of one thread; between steps the threads meet.
 
-What they work on is described by records of addresses and sizes, written once for a layer and its cache. Matrices of 16-row tiles are
-split by tiles, all else by rows, heads or blocks, so that every number is computed by one thread, in one order.
+What they work on is described by records of addresses and sizes, written once for a layer and its cache. Matrices of 16-row
+tiles are split by tiles, all else by rows, heads or blocks, so that every number is computed by one thread, in one order.
 """
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from halo_mpi.model.kernels.attend import attend
 from halo_mpi.model.kernels.compiled import multiply
-from halo_mpi.model.kernels.team import part
+from halo_mpi.model.kernels.jit import step
+from halo_mpi.model.kernels.team import own
 from halo_mpi.model.kernels.tiles import CODE_BYTES, TILE_ROWS
 from halo_mpi.model.kernels.vectors import BLOCK, activate_block, floats_at, halves_at, quantize_block, to_half, words_at
 
@@ -28,10 +29,10 @@ BUFFERS = ("codes", "scale", "total", "wide", "mixed", "result", "scratch")  # f
 WORK = np.dtype([(name, WORD) for name in (*BUFFERS, "scratch_bytes", "board", "threads")])
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def quantize_rows(x, columns, rows, column_tiles, work, thread):
     """f32 [rows, columns] -> int8 codes [rows, 32 * column_tiles] of `work`, their scales and sums; zeros follow the columns."""
-    first, last = part(rows * column_tiles, thread, work.threads)
+    first, last = own(rows * column_tiles, thread, work.threads)
     for tile in range(first, last):
         row, column = tile // column_tiles, tile % column_tiles * BLOCK
         source = x + 4 * (row * columns + column)
@@ -44,21 +45,21 @@ def quantize_rows(x, columns, rows, column_tiles, work, thread):
         quantize_block(source, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def activate_rows(rows, column_tiles, work, thread):
     """work.wide f32 [rows, gate, up] -> silu(gate) * up as int8 codes [rows, 32 * column_tiles], their scales and sums."""
     neurons = BLOCK * column_tiles
-    first, last = part(rows * column_tiles, thread, work.threads)
+    first, last = own(rows * column_tiles, thread, work.threads)
     for tile in range(first, last):
         row, column = tile // column_tiles, tile % column_tiles * BLOCK
         gate = work.wide + 4 * (2 * row * neurons + column)
         activate_block(gate, gate + 4 * neurons, work.codes + BLOCK * tile, work.scale + 4 * tile, work.total + 4 * tile)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def product(matrix, work, y, rows, thread):
     """y [rows, matrix rows] = matrix * the quantized rows, + its bias."""
-    first, last = part(matrix.row_tiles, thread, work.threads)
+    first, last = own(matrix.row_tiles, thread, work.threads)
     if last == first:
         return
     stride, start, tile = matrix.row_tiles * TILE_ROWS, first * TILE_ROWS, first * matrix.column_tiles
@@ -85,7 +86,7 @@ def product(matrix, work, y, rows, thread):
                 to[column] += added[column]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def result_product(matrix, work, result, rows, hidden, thread):
     """Same, of a matrix whose rows beyond `hidden` are fillers: result [rows, hidden]."""
     stride = matrix.row_tiles * TILE_ROWS
@@ -93,14 +94,14 @@ def result_product(matrix, work, result, rows, hidden, thread):
         product(matrix, work, result, rows, thread)
         return
     product(matrix, work, work.result, rows, thread)
-    first, last = part(matrix.row_tiles, thread, work.threads)
+    first, last = own(matrix.row_tiles, thread, work.threads)
     to, source = carray(floats_at(result), (rows, hidden)), carray(floats_at(work.result), (rows, stride))
     for row in range(rows):
         for column in range(first * TILE_ROWS, min(hidden, last * TILE_ROWS)):
             to[row, column] = source[row, column]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def rotate(y, dim, cos, sin, scale):
     """Rotary embedding of one head, in place, then times `scale`; cos, sin: of its position."""
     half = dim // 2
@@ -113,7 +114,7 @@ def rotate(y, dim, cos, sin, scale):
         high[i] = (second * real[i] + first * imaginary[i]) * scale
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def put(source, cache, at, dim, half):
     """Copy f32 [dim] to element `at` ... of a cache of f32 or f16."""
     values = carray(floats_at(source), dim)
@@ -127,11 +128,11 @@ def put(source, cache, at, dim, half):
             floats[i] = values[i]
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def place_rows(a, y, stride, heads, position, rows, threads, thread):
-    """Rotate queries and keys of f32 [rows, stride], `heads` queries first; write keys and values to the cache at `position` ..."""
+    """Rotate queries and keys of f32 [rows, stride], `heads` queries first; keys and values go to the cache at `position` ..."""
     head_rows, scale = stride // (heads + 2 * a.kv_heads), np.float32(a.dim**-0.5)
-    first, last = part(rows * (heads + a.kv_heads), thread, threads)
+    first, last = own(rows * (heads + a.kv_heads), thread, threads)
     for item in range(first, last):
         row, head = item // (heads + a.kv_heads), item % (heads + a.kv_heads)
         angle, values = 4 * (position + row) * (a.dim // 2), y + 4 * (row * stride + head * head_rows)
@@ -142,14 +143,14 @@ def place_rows(a, y, stride, heads, position, rows, threads, thread):
             put(values + 4 * a.kv_heads * head_rows, a.values, at, a.dim, a.half)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def mix(a, work, position, rows, thread):
     """work.mixed [rows, heads * head_columns] = what the query heads of work.wide [rows, stride] read in the cache."""
     stride, mixed_stride = a.qkv.row_tiles * TILE_ROWS, a.o.column_tiles * BLOCK
     head_rows, head_columns = stride // (a.heads + 2 * a.kv_heads), mixed_stride // a.heads
     by_rows = rows >= work.threads
-    first_row, last_row = part(rows, thread, work.threads) if by_rows else (0, rows)
-    first_head, last_head = (0, a.heads) if by_rows else part(a.heads, thread, work.threads)
+    first_row, last_row = own(rows, thread, work.threads) if by_rows else (0, rows)
+    first_head, last_head = (0, a.heads) if by_rows else own(a.heads, thread, work.threads)
     runs = carray(words_at(a.runs), (a.kv_heads, 3))
     for run in range(a.kv_heads):
         kv, first, last = runs[run]

@@ -1,22 +1,23 @@
 """Threads that compute one call together, without the GIL: each runs the whole call on its part, and they meet between steps.
 
-    leader    call(job) -> meet -> ... -> meet -> returns        the thread that Python called
+    leader    announce -> meet -> ... -> meet -> returns         the thread that Python called
     others    await_call -> meet -> ... -> meet -> await_call    threads in compiled code all the time
 
-Who waits spins at first: a step takes microseconds, and so must the meeting. Later it gives its core to others, and who had no call
-for milliseconds sleeps until one comes (futex(2), Linux).
+Who waits spins at first: a step takes microseconds, and so must the meeting. Later it gives its core to others, and who had no
+call for milliseconds sleeps until one comes (futex(2), Linux).
 """
 
 import platform
 import threading
-from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from halo_mpi.model.kernels.jit import entry, step
 from halo_mpi.model.kernels.tiles import aligned_bytes
 from halo_mpi.model.kernels.vectors import compiled, words_at
 
@@ -96,7 +97,7 @@ def futex(typing, address, operation, number):
     return compiled(emit, 3)
 
 
-@njit(nogil=True, error_model="numpy")
+@step
 def meet(board, threads):
     """Wait until all threads are here."""
     if threads == 1:
@@ -112,18 +113,57 @@ def meet(board, threads):
             give_way()
 
 
-@njit(nogil=True, error_model="numpy")
-def call(board, kind, layer, work, x, rows, position, result):
-    """Give all others a job: its kind, and the addresses and numbers that it takes."""
+@intrinsic
+def call_part(typing, function, data, work, x, rows, position, result, thread):
+    """Call a part by its address."""
+
+    def emit(lanes, function, *values):
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        lanes.builder.call(lanes.builder.inttoptr(function, kind.as_pointer()), values)
+
+    return compiled(emit, 8)
+
+
+@step
+def announce(board, function, data, work, x, rows, position, result):
+    """Give all others a job: a part's address, and what it takes."""
     job = carray(words_at(board + 8 * JOB), LINE_WORDS)
-    job[0], job[1], job[2], job[3] = kind, layer, work, x
+    job[0], job[1], job[2], job[3] = function, data, work, x
     job[4], job[5], job[6] = rows, position, result
     add_to(board + 8 * CALLS, 1)
     if seen_at(board + 8 * SLEEPERS):
         futex(board + 8 * CALLS, WAKE, EVERYBODY)
 
 
-@njit(nogil=True, error_model="numpy")
+@entry
+def run(board, threads, function, data, work, x, columns, position, result, result_columns):
+    """Compute a part on all threads: result [T, result columns] of x [T, columns]."""
+    if x.shape[1] != columns or result.shape[1] != result_columns or len(x) != len(result):
+        raise ValueError("input or result has another shape than the weights")
+    rows, source, target = len(x), x.ctypes.data, result.ctypes.data
+    if threads > 1:
+        announce(board, function, data, work, source, rows, position, target)
+    call_part(function, data, work, source, rows, position, target, 0)
+
+
+@entry
+def serve(board, thread):
+    """Take part in all calls of a team until it is told to quit."""
+    job, calls = carray(words_at(board + 8 * JOB), LINE_WORDS), 0
+    while True:
+        calls = await_call(board, calls)
+        if job[0] == QUIT:
+            return
+        call_part(job[0], job[1], job[2], job[3], job[4], job[5], job[6], thread)
+
+
+@entry
+def dismiss(board):
+    """Tell all others to quit."""
+    announce(board, QUIT, 0, 0, 0, 0, 0, 0)
+
+
+@step
 def await_call(board, calls):
     """Wait until there was another call than these; how many there were."""
     spins, now = 0, seen_at(board + 8 * CALLS)
@@ -141,26 +181,44 @@ def await_call(board, calls):
     return now
 
 
-@njit(nogil=True, error_model="numpy")
-def part(count, thread, threads):
+@step
+def own(count, thread, threads):
     """First and last + 1 of the things that a thread does."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
 class Team:
-    """So many threads, the caller's own included. `serve`(board, thread): what the others run until they are told to quit."""
+    """So many threads, the caller's own included."""
 
-    def __init__(self, threads: int, serve: Callable[[np.ndarray, int], None]):
-        self.threads = threads if supported() else 1
-        self.board = aligned_bytes(8 * BOARD_WORDS).view(np.int64)
+    def __init__(self, threads: int):
+        prepare()
+        self._memory = aligned_bytes(8 * BOARD_WORDS)
+        self.board, self.threads = self._memory.ctypes.data, threads if supported() else 1
         for thread in range(1, self.threads):
-            threading.Thread(target=serve, args=(self.board, thread), daemon=True, name=f"kernels-{thread}").start()
+            serving = threading.Thread(target=_serve, args=(self._memory, thread), daemon=True, name=f"kernels-{thread}")
+            serving.start()
+
+    def run(
+        self, function: int, data: int, work: int, x: np.ndarray, position: int, result: np.ndarray, columns: int, made: int
+    ) -> None:
+        """Compute a part, given by its address, on all threads: result [T, made] of x [T, columns]; the rest is its arguments."""
+        run(self.board, self.threads, function, data, work, x, columns, position, result, made)
 
     def __del__(self):
         if self.threads > 1:
-            quit_call(self.board)
+            dismiss(self.board)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def quit_call(board):
-    call(board.ctypes.data, QUIT, 0, 0, 0, 0, 0, 0)
+def _serve(memory: np.ndarray, thread: int) -> None:
+    """`memory`: of the board, kept alive by this thread."""
+    serve(memory.ctypes.data, thread)
+
+
+@cache
+def prepare() -> None:
+    """Compile the entries, or take them from the disk, for the only types that they accept from then on."""
+    word, rows = types.int64, types.float32[:, ::1]
+    signatures = {run: [word] * 5 + [rows, word, word, rows, word], serve: [word] * 2, dismiss: [word]}
+    for function, signature in signatures.items():
+        function.compile(tuple(signature))
+        function.disable_compile()

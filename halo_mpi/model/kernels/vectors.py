@@ -1,7 +1,7 @@
 """What must be vectors for certain is written as such: compiled functions of addresses, on 8 or 32 lanes of f32 at a time.
 
-LLVM turns them into AVX or NEON registers, as many as it takes. All sums have a fixed order here, so that a result does not depend on
-what else is computed beside it. Every address and number is an int64.
+LLVM turns them into AVX or NEON registers, as many as it takes. All sums have a fixed order here, so that a result does not
+depend on what else is computed beside it. Every address and number is an int64.
 """
 
 from llvmlite import ir
