@@ -46,7 +46,7 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: 
     holds.
     """
     from halo_mpi.schedule.advice import advise
-    from halo_mpi.schedule.head import best_head, most_rows, with_head
+    from halo_mpi.schedule.head import best_head, most_rows
     from halo_mpi.schedule.shares import Work
 
     def check() -> None:
@@ -81,7 +81,6 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: 
         if not session.is_root:
             return
     head = best_head(cluster, work, advice.shares, most_rows(config.hidden))
-    advice = with_head(advice, head)
     if wanted:
         click.echo(json.dumps(as_json(config, cluster, work, advice, head) | losses_as_json(cluster, work)))
     else:

@@ -75,8 +75,8 @@ def test_a_worker_killed_while_it_scores_does_not_change_the_text(stored, tmp_pa
 def test_rows_that_the_scheduler_gives_are_scored(stored, tmp_path):  # noqa: F811
     report = tmp_path / "given.json"
     options = ("--model", stored("int4"), *TEXT, "--wire", "f32", "--json", report)
-    succeed(run(3, "-m", "tests.programs.given_rows", *options))
+    succeed(run(3, "-m", "tests.programs.given_rows", *options, "--head", "auto"))
     found = json.loads(report.read_text())
     assert rows_of(found) == [160, 32, 128] == found["scheduler"]["head"]["rows"]
-    succeed(run(3, "-m", "tests.programs.given_rows", *options, "--head", "root"))
+    succeed(run(3, "-m", "tests.programs.given_rows", *options))
     assert rows_of(json.loads(report.read_text())) == [320, 0, 0]

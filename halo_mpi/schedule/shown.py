@@ -115,7 +115,7 @@ def _where(head: HeadSplit, cluster: Cluster) -> str:
     if head.is_split:
         more = ", ..." if len(head.rows) > MOST_NAMED else ""
         rows = ", ".join(map(str, head.rows[:MOST_NAMED]))
-        return f"its head split: {rows}{more} rows by rank; {head.alone_ms:.2f} on the root alone"
+        return f"on the root; {head.ms:.2f} with --head auto: {rows}{more} rows by rank"
     if len(head.rows) > 1 and all(device.kb_ms is None for device in cluster.devices[1:]):
         return "on the root; whether to split it is not known without kb_ms or mbit of the workers"
     return "on the root"
