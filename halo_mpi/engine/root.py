@@ -43,7 +43,7 @@ class Root:
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
     `note` is told when a worker is left behind or comes back, and when work moves, `warn` when one is lost. `keeps`: the
-    inputs of attention, for workers that were away or get other heads.
+    inputs of attention, for workers that were away or get other heads; not without workers.
     """
 
     def __init__(self, config: ModelConfig, norms: Norms, vocabulary: Vocabulary, holdings: Holdings, plan: Plan, link: RootLink,
@@ -54,7 +54,7 @@ class Root:
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if keeps and link.workers else None
+        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if keeps else None
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note, warn)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
