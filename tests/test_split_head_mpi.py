@@ -7,7 +7,7 @@ import pytest
 
 from halo_mpi.model.kernels.choice import _lacking
 from tests.launched import Launched
-from tests.mpi import EVEN, ROOT, halo, mpi_tolerates, report_of, succeed
+from tests.mpi import EVEN, ROOT, halo, mpi_tolerates, report_of, run, succeed
 from tests.test_kernels_engine import stored  # noqa: F401
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300), pytest.mark.skipif(_lacking() is not None, reason=str(_lacking()))]
@@ -64,9 +64,19 @@ def test_a_worker_killed_while_it_scores_does_not_change_the_text(stored, tmp_pa
     undisturbed = report_of(3, "generate", tmp_path, *options)
     report = tmp_path / "killed.json"
     model, *rest = options[1:]
-    run = Launched(model, *EVEN, *rest, "--json", report, program="tests.programs.ends_scoring")
-    code, _, err, _ = run.end(90)
+    launched = Launched(model, *EVEN, *rest, "--json", report, program="tests.programs.ends_scoring")
+    code, _, err, _ = launched.end(90)
     found = json.loads(report.read_text())
     assert code == 3 and "rank 2" in err, err
     assert found["token_ids"][:5] == undisturbed["token_ids"][:5] and len(found["token_ids"]) == 20
     assert found["devices"][2]["state"] == "lost" and found["devices"][2]["head_rows"] == 96
+
+
+def test_rows_that_the_scheduler_gives_are_scored(stored, tmp_path):  # noqa: F811
+    report = tmp_path / "given.json"
+    options = ("--model", stored("int4"), *TEXT, "--wire", "f32", "--json", report)
+    succeed(run(3, "-m", "tests.programs.given_rows", *options))
+    found = json.loads(report.read_text())
+    assert rows_of(found) == [160, 32, 128] == found["scheduler"]["head"]["rows"]
+    succeed(run(3, "-m", "tests.programs.given_rows", *options, "--head", "root"))
+    assert rows_of(json.loads(report.read_text())) == [320, 0, 0]

@@ -17,6 +17,7 @@ from halo_mpi.model.layer_weights import LayerWeights, runs_of
 from halo_mpi.model.records import split_evenly
 from halo_mpi.model.sizes import Shape, Shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
+from halo_mpi.schedule.head import MOST_VECTORS
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.exchange import broadcast, gather, meet
 from halo_mpi.wire.root_link import RootLink
@@ -176,7 +177,7 @@ def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], flo
 
 def _kb_ms(link: RootLink, x: np.ndarray, found: dict[int, dict[str, float]], together_ms: float) -> float:
     """What each KB of long answers takes from all workers at once; adds each one's own to `found`. `together_ms`: of short ones."""
-    rows = max(1, LONG_BYTES // (4 * x.size))
+    rows = min(MOST_VECTORS, max(1, LONG_BYTES // (4 * x.size)))
     kb = 4 * rows * x.size / 1e3
     for rank, own in found.items():
         long_ms = float(np.median([link.echo(x, [rank], rows=rows)[0] for _ in range(LONG_ALONE)])) * 1e3
