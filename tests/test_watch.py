@@ -235,8 +235,8 @@ def test_nothing_of_the_first_and_last_layer_is_on_the_unstable():
 
 def test_what_is_left_of_memory_is_counted_by_rank():
     plan = make_plan(SMOLLM2, "even", ALL)
-    assert room(plan, SMOLLM2, ALIKE, WORK) is None
+    assert room(plan, Sizes(SMOLLM2), ALIKE, WORK) is None
     taken = sum(map(shape_bytes, Sizes(SMOLLM2).parts(plan.query_heads(2), plan.groups(2))))
     taken += Sizes(SMOLLM2).cache_bytes(plan.query_heads(2), WORK.context)
-    assert room(plan, SMOLLM2, with_device(2, memory=taken + 7), WORK) == 7
-    assert room(plan, SMOLLM2, with_device(2, memory=taken - 7), WORK) == -7
+    assert room(plan, Sizes(SMOLLM2), with_device(2, memory=taken + 7), WORK) == 7
+    assert room(plan, Sizes(SMOLLM2), with_device(2, memory=taken - 7), WORK) == -7

@@ -43,7 +43,7 @@ class Root:
 
     The text is one sequence of at most `context` tokens; positions must be computed in order, and position 0 begins a new text.
     `note` is told when a worker is left behind or comes back, and when work moves, `warn` when one is lost. `keeps`: the
-    inputs of attention, for workers that were away or get other heads.
+    inputs of attention, for workers that were away or get other heads; not without workers.
     """
 
     def __init__(self, config: ModelConfig, norms: Norms, vocabulary: Vocabulary, holdings: Holdings, plan: Plan, link: RootLink,
@@ -54,8 +54,7 @@ class Root:
         self._drops = self._relaxed and sync.late == "drop"
         self.ledger = Ledger()
         self._sums = OpenSums(sync.max_lag, sync.quality, 2 * config.layers, self.ledger)
-        kept = keeps and link.workers
-        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if kept else None
+        history = AttentionInputs(config.layers, context, config.hidden, link.ranks, sync.wire) if keeps else None
         self.crew = Crew(plan, link, history, sync.outage_ms / 1e3, note, warn)
         self.mover = Mover(config, plan, holdings, self.crew, link, predictor, note)
         self.replacer: Replacer | None = None
@@ -65,8 +64,7 @@ class Root:
         self._without = DoingWithout(self.crew, self._sums, predictor, config.layers, self._relaxed, self._drops, self._check)
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
         self._epoch, self._text, self._whole = 0, HeldText(), True  # whole: the caches hold the text so far
-        self.compute_s = 0.0  # own share and head
-        self.computed_tokens = 0
+        self.compute_s, self.computed_tokens = 0.0, 0  # own share and head
 
     def held(self, tokens: list[int]) -> int:
         """How many of a new text's first tokens need not be computed, since the caches hold them; not the last."""
