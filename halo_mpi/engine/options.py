@@ -136,7 +136,7 @@ _OPTIONS = (
                       "least, for a calibrated model."),
     click.option("--head", type=click.Choice(["auto", "root", "split"]), default="root", show_default=True,
                  help="Who scores the vocabulary. root: rank 0 alone. split: every rank an even part of it, which rank 0 does itself where "
-                      "it does not come in time. auto: with --placement auto the parts that `halo-mpi plan` tells, if they pay; else root."),
+                      "it does not come in time. auto: with --placement auto the parts that `halo-mpi plan` tells, if it pays; else root."),
     click.option("--moves/--no-moves", default=True, show_default=True,
                  help="With --placement auto: work moves to other ranks while text flows, if a device or its link becomes slow or lossy, "
                       "and back when it recovers."),
