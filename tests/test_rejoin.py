@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.launched import TEXT, Launched, parent
+from bench.lab.processes import parent_of
+from tests.launched import TEXT, Launched
 from tests.mpi import ROOT
 
 pytestmark = pytest.mark.timeout(90)
@@ -88,7 +89,7 @@ def test_a_spare_host_takes_the_place_of_a_lost_one(tiny, whole, hosts):
     dead.write_text("board-b\n")  # which is not needed
     run = Launched(tiny, *TEXT, options=("-n", 2, *options)).until(20)
     dead.write_text("board-a\n")
-    code, out, err, _ = run.send(parent(run.rank(1))).end()
+    code, out, err, _ = run.send(parent_of(run.rank(1))).end()
     assert (code, out) == (3, whole), err
     assert "do not answer: board-a; instead: board-b;" in err and "on 2 ranks" in err
 
@@ -105,7 +106,7 @@ def without_a_host(tiny, hosts):
     options, dead = hosts
     run = Launched(tiny, *LONG, options=("--rejoin", *options), launcher=EAGER, HALO_TEST_TOKEN_S=SLOW_ON_TWO).until(20)
     dead.write_text("board-a\n")
-    run.send(parent(run.rank(1))).until(len(run.out) + 8)
+    run.send(parent_of(run.rank(1))).until(len(run.out) + 8)
     dead.write_text("")
     return run
 
