@@ -31,11 +31,14 @@ PARTS = {  # the first prefix that fits
     "wire": ("wire/",),
     "glue": ("",),
 }
-RECEIVING = {
-    "poll",
-    "next",
-    "wait",
-}  # of the links: what they do while nothing has come cannot be told from what they do when it has
+PHASES = {
+    ("engine/root.py", "prefill"): "prefill",
+    ("engine/root.py", "step"): "decode",  # of older checkouts
+    ("engine/root.py", "steps"): "decode",
+    ("engine/worker.py", "run"): "decode",
+    ("engine/session.py", "finish"): "start",
+}
+RECEIVING = {"poll", "next", "wait"}  # of the links: what they do while nothing has come cannot be told from what they do when it has
 
 
 class Ticks:
@@ -76,9 +79,7 @@ def what_is(code: CodeType) -> tuple[str, bool, str | None] | None:
 
 def phase_of(path: str, function: str) -> str | None:
     """What begins or goes on where this function is on the stack."""
-    if path == "engine/root.py" and function in ("prefill", "step"):
-        return {"prefill": "prefill", "step": "decode"}[function]
-    return {("engine/worker.py", "run"): "decode", ("engine/session.py", "finish"): "start"}.get((path, function))
+    return PHASES.get((path, function))
 
 
 def part_of(place: str) -> str:
