@@ -93,7 +93,7 @@ def test_a_second_start_fires_nothing_twice_and_ranks_go_by_where_they_are(three
     director.token(5, 4.0)
     director.act(4.0)
     assert [entry["action"] for entry in director.log] == ["nan"]
-    assert pace(three, 1) == {"pace_ms": 3.0, "slowdown": 1.0, "spoil": True}
+    assert pace(three, 1) == {"pace_ms": 3.0, "slowdown": 1.0, "spoil": True, "row_share": 0.0}
 
 
 def test_a_killed_daemon_ends_the_run_and_leaves_nobody(can, tmp_path):

@@ -59,7 +59,7 @@ def test_the_tokens_are_the_same_in_every_scenario_that_kills_nobody(can, small,
         assert [entry["action"] for entry in record["events"]][:2] == ["link-down", "link-up"]
         assert max(link["cut"] for link in record["links"] if link["host"] == "pi3") > 0
     if name == "hot-pi":
-        assert report["devices"][2]["paced"] == {"pace_ms": 0.7, "slowdown": 0.25}
+        assert report["devices"][2]["paced"] == {"pace_ms": 0.7, "slowdown": 0.25, "row_share": 0.0}
 
 
 def test_the_real_program_gives_the_same_tokens_with_and_without_losses(can, tiny, tmp_path):
