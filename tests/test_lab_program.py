@@ -15,6 +15,7 @@ TOKENS = 64  # of the texts without faults
 FEWER_TOKENS = {"flapping": 64, "loss-10": 8, "two-bad-of-eight": 2}  # else 16: a loss costs 0.2 s and more
 PACED = {"flapping": 10.0}  # ms per sync: so that the text takes as long as it is until the link goes down
 HARMLESS = sorted(file.stem for file in SCENARIOS.glob("*.toml") if '"kill"' not in file.read_text())
+MORE = ("clean-8", "loss-1", "loss-5", "bursts", "hot-later")  # like others that are in the fast tier
 
 
 def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: str = "The dog",
@@ -42,7 +43,7 @@ def clean_ids(can, small, tmp_path_factory):
     return ids
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE)) for name in HARMLESS])
 def test_the_tokens_are_the_same_in_every_scenario_that_kills_nobody(can, small, clean_ids, tmp_path, name):
     can("relay" if name == "wifi" else "kernel")
     tokens, text = FEWER_TOKENS.get(name, 16), (SCENARIOS / f"{name}.toml").read_text()
