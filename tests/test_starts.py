@@ -20,7 +20,7 @@ def bad_start(tiny, tmp_path, rank, moment, signal, *options, text=TEXT):
     return Launched(tiny, *text, program="tests.programs.bad_start", options=(*options, "-n", "3"), **bad).end(timeout=150)
 
 
-@pytest.mark.parametrize("moment", ["agree", "hosts", "connect", "load"])
+@pytest.mark.parametrize("moment", ["agree", *[pytest.param(moment, marks=pytest.mark.slow) for moment in ("hosts", "connect")], "load"])
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
 def test_who_is_missing_at_the_start_is_named_and_the_run_starts_again(tiny, whole, tmp_path, moment, signal):
     code, out, err, _ = bad_start(tiny, tmp_path, 2, moment, signal)
@@ -32,7 +32,7 @@ def test_who_is_missing_at_the_start_is_named_and_the_run_starts_again(tiny, who
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("moment", ["measure", "echo"])
+@pytest.mark.parametrize("moment", ["measure", pytest.param("echo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
 def test_the_same_while_devices_are_measured(tiny, tmp_path, moment, signal):
     text = ("--prompt", "The quick", "--max-tokens", "8", "--ignore-eos")
@@ -47,6 +47,7 @@ def test_a_rank_that_ends_before_mpi_has_started_holds_nobody_up(tiny, whole, tm
     assert "while MPI started; starting again" in err or "MPI did not start in 30 s; starting again" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_before_mpi_has_started_is_waited_for_only_so_long(tiny, whole, tmp_path):
     code, out, err, took = bad_start(tiny, tmp_path, 1, "import", "SIGSTOP")
     assert (code, out) == (0, whole), err
@@ -77,6 +78,7 @@ def test_no_restart_holds_for_the_start_too(tiny, tmp_path):
     assert (code, out) == (1, b"") and err.count("\n") == 1 and "rank 2 on" in err, err
 
 
+@pytest.mark.slow
 def test_starts_that_always_fail_come_to_an_end(tiny, tmp_path):
     code, out, err, _ = bad_start(tiny, tmp_path / "nowhere", 2, "connect", "SIGKILL", text=TEXT)
     assert (code, out) == (1, b"") and "a rank was missing for the 4th time without a new token" in err, err
