@@ -45,7 +45,7 @@ def run(*arguments):
     before(profile, "_sample", "measure")
     before(session.WorkerLink, "greet", "echo")
     before(planning, "measure", "plan")
-    before(weights, "load_trunk" if RANK == "0" else "reside", "load")
+    before(weights, "load_norms" if RANK == "0" else "reside", "load")
     return original(*arguments)
 
 
