@@ -14,7 +14,7 @@ from tests.mpi import halo, report_of, succeed
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
 from tests.test_moves import any_plan
 from tests.test_protocol import RELAXED, caches_are_complete, slow_links, stalls
-from tests.test_rescue import RESCUED, at_sync, faults, same
+from tests.test_rescue import RESCUED, at_sync, befall, faults, same
 
 pytestmark = pytest.mark.timeout(300)
 TEXTS = (IDS, IDS[:7] + [9, 8, 7], IDS[:7] + [9, 8, 7], [4, 5, 6], [4, 5, 9, 9])
@@ -97,8 +97,7 @@ def test_after_a_rescue_the_text_is_held_by_those_who_are_left(deep, anew):
 )
 def test_texts_in_any_order_with_any_faults_and_moves_are_the_same(deep, anew, delays, stalls, faults, keeps, seed, order):
     simulation = Simulation(deep, RANKS, RESCUED, delays, stalls, CONTEXT, keeps=keeps)
-    acts = {"end": simulation.end, "silent": simulation.cut_off, "outage": lambda rank: simulation.cut_off(rank, 0.3)}
-    at_sync(simulation, {sync: [lambda rank=rank, what=what: acts[what](rank)] for rank, sync, what in faults})
+    befall(simulation, faults)
     for number, text in enumerate(order):
         assert same(follow(simulation, TEXTS[text])[1], anew[text])
         if keeps and simulation.root.mover.idle:

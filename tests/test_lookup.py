@@ -14,7 +14,7 @@ from halo_mpi.engine.text import tokens_after
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
 from tests.test_moves import any_plan
 from tests.test_protocol import caches_are_complete, slow_links, stalls
-from tests.test_rescue import RESCUED, at_sync, faults
+from tests.test_rescue import RESCUED, at_sync, befall, faults
 
 pytestmark = pytest.mark.timeout(300)
 texts = st.lists(st.integers(0, 3), max_size=60)
@@ -136,11 +136,7 @@ def test_workers_that_end_or_move_in_the_middle_of_a_pass_change_nothing(
     deep, plain, delays, stalls, faults, keeps, seed, guessed
 ):
     simulation = Simulation(deep, RANKS, RESCUED, delays, stalls, CONTEXT, keeps=keeps)
-    acts = {"end": simulation.end, "silent": simulation.cut_off, "outage": lambda rank: simulation.cut_off(rank, 0.3)}
-    events = {}
-    for rank, sync, what in faults:
-        events.setdefault(sync, []).append(lambda rank=rank, what=what: acts[what](rank))
-    at_sync(simulation, events)
+    befall(simulation, faults)
     if keeps:
         simulation.root.mover.aim_at(any_plan(simulation, seed))
     for _ in range(2):

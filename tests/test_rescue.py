@@ -40,21 +40,22 @@ def at_sync(simulation: Simulation, events: dict[int, list]) -> None:
     link.ask = counted
 
 
+def befall(simulation: Simulation, faults: list[tuple[int, int, str]]) -> None:
+    """Let each (rank, n-th request, what) happen to a worker."""
+    acts = {"end": simulation.end, "silent": simulation.cut_off, "outage": lambda rank: simulation.cut_off(rank, 0.3)}
+    events = {}
+    for rank, sync, what in faults:
+        events.setdefault(sync, []).append(lambda rank=rank, what=what: acts[what](rank))
+    at_sync(simulation, events)
+
+
 @examples
 @given(slow_links, stalls, faults, st.integers(0, 5), st.booleans(), st.sampled_from([20.0, 100.0]), st.integers(0, 9))
 def test_whoever_ends_or_falls_silent_at_any_time_the_text_is_the_strict_one(
     deep, expected, delays, stalls, faults, prefill, keeps, takeover_ms, seed
 ):
     simulation = Simulation(deep, RANKS, replace(STRICT, takeover_ms=takeover_ms), delays, stalls, CONTEXT, keeps=keeps)
-    acts = {
-        "end": simulation.end,
-        "silent": simulation.cut_off,
-        "outage": lambda rank: simulation.cut_off(rank, 0.3),
-    }
-    events = {}
-    for rank, sync, what in faults:
-        events.setdefault(sync, []).append(lambda rank=rank, what=what: acts[what](rank))
-    at_sync(simulation, events)
+    befall(simulation, faults)
     if keeps:
         simulation.root.mover.aim_at(any_plan(simulation, seed))
     for _ in range(2):  # the second text begins with whoever is left

@@ -140,8 +140,8 @@ def test_a_source_without_a_dtype_given_keeps_its_own(smollm2_gguf):
 
 
 def test_chat_answers_and_streams_to_standard_output(smollm2):
-    options = ("--prompt", "What is the capital of France?", "--chat", "--max-tokens", 24)
+    options = ("--prompt", "Hello! What is 2 + 2?", "--chat", "--max-tokens", 24)  # not a close call between two answers
     finished = succeed(halo(2, "generate", "--model", smollm2("int4"), *options))
-    assert "Paris" in finished.out
+    assert "= 4" in finished.out
     assert "generated on 2 ranks" in finished.err
     assert "<|im_" not in finished.out

@@ -101,7 +101,7 @@ def test_tokens_are_shown_one_by_one(tiny, whole):
         run.out += data
     code, out, err, _ = run.end()
     assert (code, out) == (0, whole), err
-    assert len(times) > 30 and times[-2] - times[0] > 25 * 0.05, "of 40 tokens that take 50 ms or more each"
+    assert len(times) > 25 and times[-2] - times[0] > 25 * 0.05, "of 40 tokens that take 50 ms or more each"
 
 
 @pytest.mark.mpi
