@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from halo_mpi.model.kernels.jit import step
+from halo_mpi.model.kernels.tiles import LINE
 from halo_mpi.model.kernels.vectors import F32, LANES, Lanes, compiled, floats_at, from_half, halves_at
 
 TILE = 32  # positions; with their values 16 KiB at head dimension 64, half of a Cortex-A76's L1
@@ -107,6 +108,27 @@ def mix_few(typing, weights, count, values, stride, state, mixed):
     return compiled(lambda lanes, *values: _emit_mix(lanes, 1, *values), 6)
 
 
+@intrinsic
+def prefetch(typing, address):
+    """Ask for a cache line that will be read soon."""
+
+    def emit(lanes, address):
+        place, word = lanes.builder.inttoptr(address, ir.IntType(8).as_pointer()), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        function = cgutils.get_or_insert_function(lanes.builder.module, kind, "llvm.prefetch.p0")
+        lanes.builder.call(function, [place, word(0), word(3), word(1)])
+
+    return compiled(emit, 1)
+
+
+@step
+def ask_for(tile, size, part, parts):
+    """One of the parts of a tile in the cache, at the address and of so many bytes."""
+    lines = size // LINE
+    for line in range(lines * part // parts, lines * (part + 1) // parts):
+        prefetch(tile + line * LINE)
+
+
 @step
 def copy_tile(cache, first, count, dim, half, tile):
     """Positions from a cache [context, dim] to a tile [32, dim filled up to 8] of f32, whose columns beyond dim are 0."""
@@ -135,11 +157,11 @@ def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, 
 
     queries     f32 [rows, query_stride], scaled and rotated; a head's begin `head_rows` after another's
     mixed       f32 [rows, mixed_stride]; a head's begin `head_columns` after another's
-    scratch     scores [32], states [rows, heads, 4], tiles of keys and of values [32, dim filled up to 8]
+    scratch     scores [heads, 32], states [rows, heads, 4], tiles of keys and of values [32, dim filled up to 8]
     """
     vectors = -(-dim // LANES)
     stride = vectors * VECTOR
-    states = scratch + 4 * TILE
+    states = scratch + 4 * TILE * heads
     own_keys = states + 4 * STATE * rows * heads
     own_values = own_keys + TILE * stride
     state = carray(floats_at(states), (rows * heads, STATE))
@@ -160,21 +182,29 @@ def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, 
             tile_keys, tile_values = own_keys, own_values
         else:
             tile_keys, tile_values = keys + first * dim * item, values + first * dim * item
+        size = max(0, min(TILE, position + rows - first - TILE)) * dim * item  # of the next tile
+        next_keys, next_values = keys + (first + TILE) * dim * item, values + (first + TILE) * dim * item
         for row in range(max(0, first - position), rows):
             count = min(TILE, position + row + 1 - first)
+            if row > 0:
+                size = 0
             for head in range(heads):
-                query = queries + 4 * (row * query_stride + head * head_rows)
-                here = states + 4 * STATE * (row * heads + head)
+                ask_for(next_keys, size, head, heads)
+                query, to = queries + 4 * (row * query_stride + head * head_rows), scratch + 4 * TILE * head
                 for key in range(0, count, LANES):
-                    score_keys(query, tile_keys + key * stride, vectors, scratch + 4 * key)
-                weigh(scratch, count, here)
+                    score_keys(query, tile_keys + key * stride, vectors, to + 4 * key)
+            for head in range(heads):
+                weigh(scratch + 4 * TILE * head, count, states + 4 * STATE * (row * heads + head))
+            for head in range(heads):
+                ask_for(next_values, size, head, heads)
+                weights, here = scratch + 4 * TILE * head, states + 4 * STATE * (row * heads + head)
                 into = mixed + 4 * (row * mixed_stride + head * head_columns)
                 column = 0
                 while column + MOST_COLUMNS <= vectors:
-                    mix_many(scratch, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
+                    mix_many(weights, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
                     column += MOST_COLUMNS
                 while column < vectors:
-                    mix_few(scratch, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
+                    mix_few(weights, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
                     column += 1
     for row in range(rows):
         for head in range(heads):

@@ -175,8 +175,10 @@ class Work:
         """For so many inputs of a product, values of the widest one before the last, and so on, of each row."""
         scales = 4 * (inputs // BLOCK)
         tiles = 2 * TILE * (-(-dim // LANES) * LANES)
+        # without heads, a block that `quantize_rows` fills up
+        scratch = 4 * (TILE * max(run, 1) + STATE * ROWS * run + tiles)
         needed = dict(codes=inputs, scale=scales, total=scales, wide=4 * wide, mixed=4 * mixed, result=4 * result)
-        needed = {name: ROWS * size for name, size in needed.items()} | dict(scratch=4 * (TILE + STATE * ROWS * run + tiles))
+        needed = {name: ROWS * size for name, size in needed.items()} | dict(scratch=scratch)
         if all(needed[name] <= size for name, size in self._sizes.items()):
             return
         self._sizes = {name: -(-max(needed[name], size) // LINE) * LINE for name, size in self._sizes.items()}
