@@ -3,6 +3,8 @@
 A tile is 32 positions, counted from position 0. Of every tile, a query's scores are turned into weights relative to the largest
 score so far, and what was mixed before is scaled down when a larger one appears (online softmax, arXiv 1805.02867). Each query
 goes through the same operations in the same order, whatever other rows and heads are there.
+
+One row reads an f16 cache as it is, and up to 3 heads share what a register holds of it; many rows share a copy of the tile in f32.
 """
 
 import numpy as np
@@ -17,30 +19,53 @@ from halo_mpi.model.kernels.vectors import F32, LANES, Lanes, compiled, floats_a
 
 TILE = 32  # positions; with their values 16 KiB at head dimension 64, half of a Cortex-A76's L1
 VECTOR = 4 * LANES  # bytes
-MOST_COLUMNS = 8  # vectors of the mix that are kept in registers at once
+GROUP = 3  # heads that are computed together, if there are so many
+MOST = 8  # vectors of sums that one head keeps in registers; three heads 12, of the 16 registers that AVX2 has
+KEYS = {1: MOST, GROUP: MOST // 2}  # that are scored at once, and
+COLUMNS = {1: MOST, GROUP: MOST // 2}  # vectors of the mix that are made at once, by so many heads
 STATE = 4  # f32 by query: largest score, sum of weights, factor for what was mixed before, unused
 
 
-@intrinsic
-def score_keys(typing, query, keys, vectors, scores):
-    """Scores of 8 keys below each other: the products of 8 * vectors values each."""
+def _numbers(lanes: Lanes, address, half: bool):
+    """A vector of the cache, as f32."""
+    if not half:
+        return lanes.load(address)
+    return lanes.builder.fpext(lanes.load(address, kind=ir.HalfType()), ir.VectorType(F32, LANES))
 
-    def emit(lanes, query, keys, vectors, scores):
-        build, kind = lanes.builder, ir.VectorType(F32, LANES)
-        sums = [cgutils.alloca_once_value(build, lanes.fill(0.0)) for _ in range(LANES)]
-        stride = build.mul(vectors, vectors.type(VECTOR))
-        starts = [keys]
-        for _ in sums[1:]:
-            starts.append(build.add(starts[-1], stride))
+
+def _emit_scores(lanes: Lanes, heads: int, half: bool, query, query_step, keys, vectors, scores) -> None:
+    build, kind, word = lanes.builder, ir.VectorType(F32, LANES), vectors.type
+    width = word(VECTOR // 2 if half else VECTOR)
+    stride = build.mul(vectors, width)
+    queries, starts = [query], [keys]
+    for _ in range(1, heads):
+        queries.append(build.add(queries[-1], query_step))
+    for _ in range(1, LANES):
+        starts.append(build.add(starts[-1], stride))
+    sums = [[cgutils.alloca_once_value(build, lanes.fill(0.0)) for _ in starts] for _ in queries]
+    for first in range(0, LANES, KEYS[heads]):
         with cgutils.for_range(build, vectors) as loop:
-            offset = build.mul(loop.index, vectors.type(VECTOR))
-            part = lanes.load(build.add(query, offset))
-            for total, start in zip(sums, starts):
-                key = lanes.load(build.add(start, offset))
-                build.store(lanes.fma(part, key, build.load(total, typ=kind)), total)
-        lanes.store(lanes.sums([build.load(total, typ=kind) for total in sums]), scores)
+            offset, at = build.mul(loop.index, word(VECTOR)), build.mul(loop.index, width)
+            parts = [lanes.load(build.add(start, offset)) for start in queries]
+            for number in range(first, first + KEYS[heads]):
+                key = _numbers(lanes, build.add(starts[number], at), half)
+                for part, totals in zip(parts, sums):
+                    build.store(lanes.fma(part, key, build.load(totals[number], typ=kind)), totals[number])
+    for head, totals in enumerate(sums):
+        lanes.store(lanes.sums([build.load(total, typ=kind) for total in totals]), lanes.after(scores, 4 * TILE * head))
 
-    return compiled(emit, 4)
+
+def _scores(heads: int, half: bool):
+    """Scores of 8 keys below each other, for some heads: the products of 8 * vectors values each."""
+
+    @intrinsic
+    def score(typing, query, query_step, keys, vectors, scores):
+        return compiled(lambda lanes, *values: _emit_scores(lanes, heads, half, *values), 5)
+
+    return score
+
+
+score_1, score_3, score_1_half, score_3_half = (_scores(heads, half) for half in (False, True) for heads in KEYS)
 
 
 @intrinsic
@@ -79,33 +104,42 @@ def weigh(typing, scores, count, state):
     return compiled(emit, 3)
 
 
-def _emit_mix(lanes: Lanes, columns: int, weights, count, values, stride, state, mixed) -> None:
-    build, kind = lanes.builder, ir.VectorType(F32, LANES)
-    factor = lanes.fill(lanes.only(lanes.load(lanes.after(state, 8), 1)))
-    sums = []
-    for column in range(columns):
-        before = lanes.load(lanes.after(mixed, column * VECTOR))
-        sums.append(cgutils.alloca_once_value(build, build.fmul(before, factor)))
+def _emit_mix(
+    lanes: Lanes, heads: int, columns: int, half: bool, weights, count, values, stride, state, mixed, mixed_step
+) -> None:
+    build, kind, word = lanes.builder, ir.VectorType(F32, LANES), count.type
+    width, sums, places = VECTOR // 2 if half else VECTOR, [], [mixed]
+    for _ in range(1, heads):
+        places.append(build.add(places[-1], mixed_step))
+    for head, place in enumerate(places):
+        factor = lanes.fill(lanes.only(lanes.load(lanes.after(state, 4 * (STATE * head + 2)), 1)))
+        before = [lanes.load(lanes.after(place, column * VECTOR)) for column in range(columns)]
+        sums.append([cgutils.alloca_once_value(build, build.fmul(part, factor)) for part in before])
     with cgutils.for_range(build, count) as loop:
-        weight = lanes.fill(lanes.only(lanes.load(build.add(weights, build.mul(loop.index, count.type(4))), 1)))
+        weight = build.add(weights, build.mul(loop.index, word(4)))
         row = build.add(values, build.mul(loop.index, stride))
-        for column, total in enumerate(sums):
-            value = lanes.load(lanes.after(row, column * VECTOR))
-            build.store(lanes.fma(weight, value, build.load(total, typ=kind)), total)
-    for column, total in enumerate(sums):
-        lanes.store(build.load(total, typ=kind), lanes.after(mixed, column * VECTOR))
+        by_head = [lanes.fill(lanes.only(lanes.load(lanes.after(weight, 4 * TILE * head), 1))) for head in range(heads)]
+        for column in range(columns):
+            value = _numbers(lanes, lanes.after(row, column * width), half)
+            for own, totals in zip(by_head, sums):
+                build.store(lanes.fma(own, value, build.load(totals[column], typ=kind)), totals[column])
+    for place, totals in zip(places, sums):
+        for column, total in enumerate(totals):
+            lanes.store(build.load(total, typ=kind), lanes.after(place, column * VECTOR))
 
 
-@intrinsic
-def mix_many(typing, weights, count, values, stride, state, mixed):
-    """Add weighted values to what a query mixed before, in 64 columns; stride: bytes from one position's values to the next."""
-    return compiled(lambda lanes, *values: _emit_mix(lanes, MOST_COLUMNS, *values), 6)
+def _mix(heads: int, half: bool, columns: int):
+    """Add weighted values to what some heads mixed before, in 8 * columns; stride: bytes from one position's values to the next."""
+
+    @intrinsic
+    def mix(typing, weights, count, values, stride, state, mixed, mixed_step):
+        return compiled(lambda lanes, *values: _emit_mix(lanes, heads, columns, half, *values), 7)
+
+    return mix
 
 
-@intrinsic
-def mix_few(typing, weights, count, values, stride, state, mixed):
-    """Same, in 8 columns."""
-    return compiled(lambda lanes, *values: _emit_mix(lanes, 1, *values), 6)
+mix_1, mix_3, mix_1_half, mix_3_half = (_mix(heads, half, COLUMNS[heads]) for half in (False, True) for heads in COLUMNS)
+mix_few = _mix(1, False, 1)
 
 
 @intrinsic
@@ -122,11 +156,50 @@ def prefetch(typing, address):
 
 
 @step
-def ask_for(tile, size, part, parts):
-    """One of the parts of a tile in the cache, at the address and of so many bytes."""
+def ask_for(tile, size, first, last, of):
+    """Parts `first` to `last` of a tile of so many bytes."""
     lines = size // LINE
-    for line in range(lines * part // parts, lines * (part + 1) // parts):
+    for line in range(lines * first // of, lines * last // of):
         prefetch(tile + line * LINE)
+
+
+@step
+def score_tile(group, half, query, query_step, keys, count, vectors, scores, coming, size):
+    """Scores f32 [group, 32] of a tile's first `count` keys; `coming`: the next tile's, which are asked for meanwhile."""
+    stride = vectors * (VECTOR // 2 if half else VECTOR)
+    for key in range(0, count, LANES):
+        ask_for(coming, size, key, key + LANES, TILE)
+        here, to = keys + key * stride, scores + 4 * key
+        if group == 1 and half:
+            score_1_half(query, query_step, here, vectors, to)
+        elif group == 1:
+            score_1(query, query_step, here, vectors, to)
+        elif half:
+            score_3_half(query, query_step, here, vectors, to)
+        else:
+            score_3(query, query_step, here, vectors, to)
+
+
+@step
+def mix_tile(group, half, weights, count, values, vectors, state, mixed, mixed_step, coming, size):
+    """Add a tile's first `count` values, weighted, to f32 [group, 8 * vectors]. Whole registers: of several heads, and of f16."""
+    width, many, column = VECTOR // 2 if half else VECTOR, MOST if group == 1 else MOST // 2, 0
+    stride = vectors * width
+    while column < vectors:
+        taken = many if column + many <= vectors else 1
+        ask_for(coming, size, column, column + taken, vectors)
+        here, to = values + column * width, mixed + column * VECTOR
+        if taken == 1:
+            mix_few(weights, count, here, stride, state, to, mixed_step)
+        elif group == 1 and half:
+            mix_1_half(weights, count, here, stride, state, to, mixed_step)
+        elif group == 1:
+            mix_1(weights, count, here, stride, state, to, mixed_step)
+        elif half:
+            mix_3_half(weights, count, here, stride, state, to, mixed_step)
+        else:
+            mix_3(weights, count, here, stride, state, to, mixed_step)
+        column += taken
 
 
 @step
@@ -173,39 +246,28 @@ def attend(queries, query_stride, heads, head_rows, keys, values, dim, context, 
             into = carray(floats_at(mixed + 4 * (row * mixed_stride + head * head_columns)), vectors * LANES)
             for column in range(vectors * LANES):
                 into[column] = 0
-    item = 2 if half else 4
+    item, whole = 2 if half else 4, vectors % MOST == 0 and dim % LANES == 0  # registers of the mix
     for first in range(0, position + rows, TILE):
         most = min(TILE, position + rows - first)
-        if half or dim % LANES or first + TILE > context:
+        if first + TILE > context or dim % LANES or half and not (whole and rows == 1):
             copy_tile(keys, first, most, dim, half, own_keys)
             copy_tile(values, first, most, dim, half, own_values)
-            tile_keys, tile_values = own_keys, own_values
+            tile_keys, tile_values, halves = own_keys, own_values, False
         else:
-            tile_keys, tile_values = keys + first * dim * item, values + first * dim * item
+            tile_keys, tile_values, halves = keys + first * dim * item, values + first * dim * item, half
         size = max(0, min(TILE, position + rows - first - TILE)) * dim * item  # of the next tile
         next_keys, next_values = keys + (first + TILE) * dim * item, values + (first + TILE) * dim * item
         for row in range(max(0, first - position), rows):
-            count = min(TILE, position + row + 1 - first)
-            if row > 0:
-                size = 0
-            for head in range(heads):
-                ask_for(next_keys, size, head, heads)
-                query, to = queries + 4 * (row * query_stride + head * head_rows), scratch + 4 * TILE * head
-                for key in range(0, count, LANES):
-                    score_keys(query, tile_keys + key * stride, vectors, to + 4 * key)
-            for head in range(heads):
-                weigh(scratch + 4 * TILE * head, count, states + 4 * STATE * (row * heads + head))
-            for head in range(heads):
-                ask_for(next_values, size, head, heads)
-                weights, here = scratch + 4 * TILE * head, states + 4 * STATE * (row * heads + head)
-                into = mixed + 4 * (row * mixed_stride + head * head_columns)
-                column = 0
-                while column + MOST_COLUMNS <= vectors:
-                    mix_many(weights, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
-                    column += MOST_COLUMNS
-                while column < vectors:
-                    mix_few(weights, count, tile_values + column * VECTOR, stride, here, into + column * VECTOR)
-                    column += 1
+            count, head = min(TILE, position + row + 1 - first), 0
+            while head < heads:
+                group = GROUP if whole and heads - head >= GROUP else 1
+                query, scores = queries + 4 * (row * query_stride + head * head_rows), scratch + 4 * TILE * head
+                score_tile(group, halves, query, 4 * head_rows, tile_keys, count, vectors, scores, next_keys, size)
+                for each in range(head, head + group):
+                    weigh(scratch + 4 * TILE * each, count, states + 4 * STATE * (row * heads + each))
+                here, into = states + 4 * STATE * (row * heads + head), mixed + 4 * (row * mixed_stride + head * head_columns)
+                mix_tile(group, halves, scores, count, tile_values, vectors, here, into, 4 * head_columns, next_values, size)
+                head, size = head + group, 0
     for row in range(rows):
         for head in range(heads):
             into = carray(floats_at(mixed + 4 * (row * mixed_stride + head * head_columns)), vectors * LANES)
