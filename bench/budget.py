@@ -26,7 +26,7 @@ from bench.tables import Table, number
 from halo_mpi.engine.loader import Loader
 from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.kernels.kernel import Share
-from halo_mpi.model.loading import share_parts
+from halo_mpi.model.loading import down_dtype, share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
 from halo_mpi.store.encoding import DTYPES
@@ -42,7 +42,7 @@ def loading(model: Path, held: float, cold: bool):
     """A share of everything, of whose weights so much stays, and its loader."""
     store, config = ModelStore(model), config_of(model)
     heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
-    kernel = make_kernel("auto", config, store.meta["dtype"], 1)
+    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
     layers, parts = share_parts(store, kernel, heads, groups)
     sizes = [shape_bytes(part.shapes) for part in parts]
     if cold:

@@ -88,10 +88,12 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: 
 
 
 def _sizes_of_model(model: Path, dtype: str | None) -> Sizes:
+    from halo_mpi.model.loading import down_dtype
     from halo_mpi.store.reader import ModelStore
 
-    meta = ModelStore(model).meta
-    return sizes_of(ModelConfig.from_dict(meta["config"]), dtype or meta["dtype"])
+    store = ModelStore(model)
+    stored = (dtype,) if dtype else (store.meta["dtype"], down_dtype(store))
+    return sizes_of(ModelConfig.from_dict(store.meta["config"]), *stored)
 
 
 if __name__ == "__main__":

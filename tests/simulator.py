@@ -23,7 +23,7 @@ from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import make_kernel
-from halo_mpi.model.loading import HeadBlock, scores_part, share_parts
+from halo_mpi.model.loading import HeadBlock, down_dtype, scores_part, share_parts
 from halo_mpi.model.norms import load_norms
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.schedule.residence import reside
@@ -134,7 +134,7 @@ class Simulation:
         boxes = [Box(self.clock, config.hidden, 64, [0.0])] + [
             Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
         ]
-        self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1, cache)
+        self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1, cache, down_dtype(store))
         self.holdings = [self._holdings(store, plan, rank, ranks, context) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):

@@ -1,6 +1,7 @@
 """The engine on compiled kernels: any shape, any number of ranks, weights that move, and weights that are read at every token."""
 
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.errors import UsageError
 from halo_mpi.model.kernels.choice import _lacking, make_kernel
-from tests.conftest import converted
+from halo_mpi.model.loading import down_dtype
+from halo_mpi.store.reader import ModelStore
+from tests.conftest import calibrate, converted
 from tests.mpi import halo, report_of, succeed
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation
 from tests.test_moves import any_plan, finish_moving
@@ -40,6 +43,20 @@ def logits(model, kernel: str, sync: SyncOptions = STRICT, prefill: int = 0) -> 
 def test_logits_are_those_of_the_reference_but_for_inputs_in_8_bits(stored, dtype, error):
     wanted, found = logits(stored(dtype), "reference"), logits(stored(dtype), "llvm")
     assert np.abs(found - wanted).max() < error * np.abs(wanted).max() and not np.array_equal(found, wanted)
+
+
+@pytest.mark.mpi
+def test_a_calibrated_model_in_int4_has_a_down_in_int8(stored, tmp_path):
+    """Sorting neurons tears its 4-bit blocks apart."""
+    model = tmp_path / "calibrated.halo"
+    copytree(stored("int4"), model)
+    calibrate(model, "--tokens", 500, "--window", 64)
+    assert down_dtype(ModelStore(model)) == "int8"
+    wanted, found = logits(model, "reference"), logits(model, "llvm")
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+    options = ("--model", model, "--prompt", "The quick", "--max-tokens", "5", "--ignore-eos", "--wire", "f32")
+    alone, streamed = (report_of(ranks, "generate", tmp_path, *options, *more) for ranks, more in ((1, ()), (3, ("--memory", "100K"))))
+    assert streamed["token_ids"] == alone["token_ids"] and streamed["devices"][0]["streamed_bytes"] > 0
 
 
 def test_a_prompt_gives_bit_for_bit_what_its_tokens_give_one_by_one(stored):

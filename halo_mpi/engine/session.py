@@ -37,6 +37,7 @@ from halo_mpi.engine.worker import Worker
 from halo_mpi.errors import EXIT_DONE, EXIT_LOST
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import make_kernel
+from halo_mpi.model.loading import down_dtype
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
@@ -71,7 +72,11 @@ class Session:
         self.store = self.together(lambda: ModelStore(self.run.model))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
-        self.kernel = self.together(lambda: make_kernel(self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache))
+        self.kernel = self.together(
+            lambda: make_kernel(
+                self.run.kernel, self.config, self.store.meta["dtype"], threads, self.run.cache, down_dtype(self.store)
+            )
+        )
         self.together(self.kernel.prepare, patient=True)
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
 

@@ -54,6 +54,11 @@ class Held:
 NOTHING = Held()
 
 
+def down_dtype(store: ModelStore) -> str:
+    """In which the FFN's down is stored: calibration gives it more bits than the rest has."""
+    return store.layout("ffn").parts["down"].dtype if store.entries("ffn") else store.meta["dtype"]
+
+
 def share_parts(
     store: ModelStore, kernel: Kernel, query_heads: list[list[int]], groups: list[list[int]]
 ) -> tuple[list[LayerWeights], list[Part]]:

@@ -34,12 +34,14 @@ def shape_bytes(shapes: Shapes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """`dtype`, `vocabulary_dtype`: of matrices in memory; `cache_dtype`: f32 or f16, of the KV cache."""
+    """`dtype`, `vocabulary_dtype`, `down_dtype`: of matrices in memory, of the FFN's last one if it has another than the other layers'
+    matrices; `cache_dtype`: f32 or f16, of the KV cache."""
 
     config: ModelConfig
     dtype: str = "f32"
     vocabulary_dtype: str = "f32"
     cache_dtype: str = "f32"
+    down_dtype: str | None = None
 
     @property
     def head_rows(self) -> int:
@@ -72,7 +74,8 @@ class Sizes:
     def ffn(self, groups: list[int], biases: Set[str] = frozenset()) -> Shapes:
         """What some FFN groups of a layer need."""
         neurons, hidden = sum(map(self.neurons, groups)), self.config.hidden
-        shapes = {"gate_up": Shape((2 * neurons, hidden), self.dtype), "down": Shape((hidden, neurons), self.dtype)}
+        down = Shape((hidden, neurons), self.down_dtype or self.dtype)
+        shapes = {"gate_up": Shape((2 * neurons, hidden), self.dtype), "down": down}
         return shapes | ({"gate_up_bias": Shape((2 * neurons,))} if biases & {"gate", "up"} else {})
 
     def head(self, block: int) -> Shapes:

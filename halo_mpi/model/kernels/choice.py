@@ -9,8 +9,10 @@ KERNELS = ("auto", "llvm", "reference")
 TILED = ("int4", "int8")  # storage that compiled kernels read
 
 
-def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int, cache: str = "auto") -> Kernel:
-    """`name`: of KERNELS; `dtype`: in which the model's weights are stored; `cache`: auto, f32 or f16, of K and V.
+def make_kernel(
+    name: str, config: ModelConfig, dtype: str, threads: int, cache: str = "auto", down_dtype: str | None = None
+) -> Kernel:
+    """`name`: of KERNELS; `dtype`, `down_dtype`: in which the model's weights are stored; `cache`: auto, f32 or f16, of K and V.
 
     auto: llvm if the weights are in tiles and this processor has the instructions. Raises UsageError if it cannot be the one wanted.
     """
@@ -23,12 +25,12 @@ def make_kernel(name: str, config: ModelConfig, dtype: str, threads: int, cache:
         return Reference(config, threads, "f32" if cache == "auto" else cache)
     from halo_mpi.model.kernels.llvm import Compiled
 
-    return Compiled(config, dtype, threads, "f16" if cache == "auto" else cache)
+    return Compiled(config, dtype, threads, "f16" if cache == "auto" else cache, down_dtype)
 
 
-def sizes_of(config: ModelConfig, dtype: str) -> Sizes:
+def sizes_of(config: ModelConfig, dtype: str, down_dtype: str | None = None) -> Sizes:
     """What `auto` takes for a model stored in `dtype`, on a processor that has the instructions."""
-    return Sizes(config, dtype, "int8", "f16") if dtype in TILED else Sizes(config)
+    return Sizes(config, dtype, "int8", "f16", down_dtype) if dtype in TILED else Sizes(config)
 
 
 def _lacking() -> str | None:
