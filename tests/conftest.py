@@ -54,6 +54,15 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def light(tmp_path_factory) -> Path:
+    """The tiny model in int8, which starts in half the time, without PyTorch. For tests that compare texts of the same placement at most:
+    rounding to 8 bits makes more of the order in which partial sums are added."""
+    folder = tmp_path_factory.mktemp("light")
+    write_tiny_hf(folder / "source", replace(TINY, context=512))
+    return converted(folder / "source", folder / "light.halo", "int8", shards=3)
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A tiny model with work for each of eight ranks: eight heads, eight groups, two layers."""
     folder = tmp_path_factory.mktemp("small")
@@ -113,12 +122,21 @@ def can():
     return check
 
 
-@pytest.fixture(scope="session")
-def whole(tiny):
-    """The text of an undisturbed run."""
-    code, out, err, _ = Launched(tiny, *TEXT, program="halo_mpi.generate").end()
+def undisturbed(model: Path) -> bytes:
+    """The text of a run that nothing happens to."""
+    code, out, err, _ = Launched(model, *TEXT, program="halo_mpi.generate").end()
     assert code == 0, err
     return out
+
+
+@pytest.fixture(scope="session")
+def whole(tiny):
+    return undisturbed(tiny)
+
+
+@pytest.fixture(scope="session")
+def whole_light(light):
+    return undisturbed(light)
 
 
 @pytest.fixture

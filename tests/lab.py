@@ -138,13 +138,22 @@ def machine_state() -> list[str]:
     return [subprocess.run(command.split(), capture_output=True, text=True).stdout for command in commands]
 
 
+def shared_files(names: str) -> set[str]:
+    """The files with such names where MPI and labs keep theirs."""
+    found = (path for place in ("/tmp", "/var/tmp", "/dev/shm") for path in Path(place).iterdir())
+    return {str(path) for path in found if re.search(names, path.name)}
+
+
+OF_HOSTS = r"\.pi\d+\."
+FOUND = shared_files(OF_HOSTS)  # something else than these tests left them
+
+
 def leftovers(folder: str | Path) -> list[str]:
     """What there is of a lab that had this HALO_MPI_LAB_DIR: namespaces, mounts, files (of its hosts' MPI too) and processes."""
     home = Path(folder).parent
     found = [str(path) for path in NETNS.glob(f"{home.name}-*")] + [str(p) for p in (home,) if p.exists()]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if home.name in line]
-    for place in ("/tmp", "/var/tmp", "/dev/shm"):
-        found += [str(path) for path in Path(place).iterdir() if re.search(rf"\.pi\d+\.|{home.name}", path.name)]
+    found += sorted(shared_files(f"{OF_HOSTS}|{home.name}") - FOUND)
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if bytes(home) in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes():

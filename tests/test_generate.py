@@ -16,22 +16,22 @@ pytestmark = pytest.mark.mpi
 PROMPT = "The quick brown fox"
 
 
-def test_the_text_goes_to_standard_output_alone(tiny):
-    finished = succeed(halo(3, "generate", "--model", tiny, "--prompt", PROMPT, "--max-tokens", 12))
+def test_the_text_goes_to_standard_output_alone(light):
+    finished = succeed(halo(3, "generate", "--model", light, "--prompt", PROMPT, "--max-tokens", 12))
     assert finished.out.endswith("\n") and finished.out.strip()
     assert "generated on 3 ranks" in finished.err
     assert "ranks" not in finished.out
 
 
-def test_without_mpirun_it_runs_on_one_rank(tiny, tmp_path):
-    command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", tiny, "--prompt", PROMPT, "--max-tokens", 5]
+def test_without_mpirun_it_runs_on_one_rank(light, tmp_path):
+    command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", light, "--prompt", PROMPT, "--max-tokens", 5]
     assert "on 1 ranks" in succeed(finish(start_command(command), 60)).err
 
 
-def test_a_seed_gives_the_same_text_again(tiny, tmp_path):
+def test_a_seed_gives_the_same_text_again(light, tmp_path):
     options = (
         "--model",
-        tiny,
+        light,
         "--prompt",
         PROMPT,
         "--max-tokens",
@@ -49,8 +49,8 @@ def test_a_seed_gives_the_same_text_again(tiny, tmp_path):
     assert len(first["token_ids"]) == 20 and first["seed"] == 5
 
 
-def test_the_report_has_the_fields_of_the_contract(tiny, tmp_path):
-    report = report_of(3, "generate", tmp_path, "--model", tiny, "--prompt", PROMPT, "--max-tokens", 10, "--ignore-eos")
+def test_the_report_has_the_fields_of_the_contract(light, tmp_path):
+    report = report_of(3, "generate", tmp_path, "--model", light, "--prompt", PROMPT, "--max-tokens", 10, "--ignore-eos")
     assert report["schema"] == 1 and report["ranks"] == 3 and report["generated_tokens"] == 10
     assert report["token_ids_sha256"] == hashlib.sha256(np.array(report["token_ids"], "<i4").tobytes()).hexdigest()
     assert set(report["tpot_ms"]) == {"mean", "p50", "p95", "p99", "max"} and set(report["sync_ms"]) == {"p50", "p99", "max"}
@@ -67,10 +67,10 @@ def test_the_report_has_the_fields_of_the_contract(tiny, tmp_path):
     assert devices[0]["sent_bytes"] == devices[1]["received_bytes"] + devices[2]["received_bytes"]
 
 
-def test_a_stop_text_ends_the_text_before_it(tiny, tmp_path):
-    whole = report_of(1, "generate", tmp_path, "--model", tiny, "--prompt", PROMPT, "--max-tokens", 30)["text"]
+def test_a_stop_text_ends_the_text_before_it(light, tmp_path):
+    whole = report_of(1, "generate", tmp_path, "--model", light, "--prompt", PROMPT, "--max-tokens", 30)["text"]
     stop = whole[5:8]
-    cut = report_of(1, "generate", tmp_path, "--model", tiny, "--prompt", PROMPT, "--max-tokens", 30, "--stop", stop)["text"]
+    cut = report_of(1, "generate", tmp_path, "--model", light, "--prompt", PROMPT, "--max-tokens", 30, "--stop", stop)["text"]
     assert cut == whole[: whole.index(stop)]
 
 
@@ -79,10 +79,10 @@ def write_prompts(path, count, **options):
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
-def test_resume_skips_what_is_there_and_loses_and_repeats_nothing(tiny, tmp_path):
+def test_resume_skips_what_is_there_and_loses_and_repeats_nothing(light, tmp_path):
     prompts, whole, part = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     write_prompts(prompts, 4, temperature=0.9, seed=3)
-    options = ("--model", tiny, "--prompts", prompts, "--max-tokens", 8)
+    options = ("--model", light, "--prompts", prompts, "--max-tokens", 8)
     succeed(halo(2, "generate", *options, "--out", whole))
     lines = whole.read_bytes().splitlines(keepends=True)
     part.write_bytes(lines[0] + lines[1] + lines[2][:30])  # cut off in the middle of a line, as a kill does
@@ -94,12 +94,12 @@ def test_resume_skips_what_is_there_and_loses_and_repeats_nothing(tiny, tmp_path
     assert essence[0] == essence[1] and len(essence[0]) == 4
 
 
-def test_a_prompt_may_have_sampling_options_of_its_own(tiny, tmp_path):
+def test_a_prompt_may_have_sampling_options_of_its_own(light, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         '{"id": 1, "prompt": "The dog", "max_tokens": 3, "ignore_eos": true}\n\n'
         '{"id": 2, "prompt": "The dog", "max_tokens": 5, "ignore_eos": true}\n'
     )
-    succeed(halo(1, "generate", "--model", tiny, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"))
+    succeed(halo(1, "generate", "--model", light, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"))
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [len(result["token_ids"]) for result in results] == [3, 5]
     assert set(results[0]) == {"id", "text", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"}
@@ -118,10 +118,10 @@ def environment_marks(mark: str) -> list[int]:
 
 
 @pytest.mark.parametrize("phase", ["start-up", "generating"])
-def test_ctrl_c_ends_all_ranks_within_two_seconds(tiny, phase, monkeypatch):
+def test_ctrl_c_ends_all_ranks_within_two_seconds(light, phase, monkeypatch):
     mark = f"HALO_TEST_MARK={os.getpid()}-{phase}"
     monkeypatch.setenv(*mark.split("="))
-    options = ("--model", tiny, "--prompt", PROMPT, "--max-tokens", 100, "--ignore-eos", "--json", "/dev/null")
+    options = ("--model", light, "--prompt", PROMPT, "--max-tokens", 100, "--ignore-eos", "--json", "/dev/null")
     process = start(3, "-m", "tests.programs.endless" if phase == "generating" else "halo_mpi.generate", *options)
     if phase == "generating":
         while b"stepping" not in process.stdout.readline():

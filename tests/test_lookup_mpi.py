@@ -20,15 +20,18 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("ranks, way", [*((1, way) for way in WAYS), (3, "greedy"), (3, "sampled")])
-def test_the_text_is_the_same_byte_for_byte(tiny, ranks, way):
-    options = ("--model", tiny, *GREEDY, *WAYS[way])
+SLOW = [pytest.param(1, way, marks=pytest.mark.slow) for way in ("greedy", "sampled", "one token")]
+
+
+@pytest.mark.parametrize("ranks, way", [*SLOW, (1, "two tokens"), (3, "greedy"), (3, "sampled")])
+def test_the_text_is_the_same_byte_for_byte(light, ranks, way):
+    options = ("--model", light, *GREEDY, *WAYS[way])
     plain, guessed = (succeed(halo(ranks, "generate", *options, "--lookup", most)) for most in (0, 6))
     assert guessed.out == plain.out and ("tokens per pass" in guessed.err) == (way != "one token")
 
 
-def test_the_report_tells_what_the_guesses_were_worth(tiny, tmp_path):
-    plain, guessed = (report_of(3, "generate", tmp_path, "--model", tiny, *GREEDY, "--lookup", most) for most in (0, 6))
+def test_the_report_tells_what_the_guesses_were_worth(light, tmp_path):
+    plain, guessed = (report_of(3, "generate", tmp_path, "--model", light, *GREEDY, "--lookup", most) for most in (0, 6))
     lookup = guessed["lookup"]
     assert plain["lookup"] is None and guessed["token_ids"] == plain["token_ids"]
     assert 0 < lookup["accepted"] <= lookup["proposed"] and lookup["passes"] < 39
@@ -36,16 +39,16 @@ def test_the_report_tells_what_the_guesses_were_worth(tiny, tmp_path):
     assert guessed["ledger"]["partial_sums"] == lookup["passes"] * 2 * 2 * 2  # layers, syncs of each, workers
 
 
-def test_a_stop_text_cuts_where_it_would_have(tiny, tmp_path):
-    whole = report_of(1, "generate", tmp_path, "--model", tiny, *GREEDY)["text"]
+def test_a_stop_text_cuts_where_it_would_have(light, tmp_path):
+    whole = report_of(1, "generate", tmp_path, "--model", light, *GREEDY)["text"]
     for at in (9, 30):
-        options = ("--model", tiny, *GREEDY, "--stop", whole[at : at + 3])
+        options = ("--model", light, *GREEDY, "--stop", whole[at : at + 3])
         plain, guessed = (report_of(1, "generate", tmp_path, *options, "--lookup", most) for most in (0, 8))
         assert guessed["text"] == plain["text"] and guessed["token_ids"] == plain["token_ids"]
 
 
-def test_relaxed_refuses(tiny):
-    refused = halo(2, "generate", "--model", tiny, *GREEDY, "--sync", "relaxed", "--lookup", 4)
+def test_relaxed_refuses(light):
+    refused = halo(2, "generate", "--model", light, *GREEDY, "--sync", "relaxed", "--lookup", 4)
     assert refused.code == 2 and len(refused.complaints) == 1 and "--sync strict only" in refused.complaints[0]
 
 

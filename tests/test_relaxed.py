@@ -14,7 +14,7 @@ from tests.test_failures import fails
 
 pytestmark = pytest.mark.timeout(240)
 mpi, lab = pytest.mark.mpi, pytest.mark.lab
-RANKS = (2, 3, 4)
+RANKS = (pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow))
 PROMPT = ("--prompt", "The quick brown fox", "--max-tokens", 24, "--ignore-eos")
 HASTY = ("--deadline-ms", 0, "--quality", 1, "--outage-ms", 1e6)  # everything is late, nobody is cut off
 LATE = 9e9  # ms: nothing is late by then
@@ -66,7 +66,7 @@ def test_by_default_it_is_strict_modes_text_unless_something_was_deferred(deep, 
 
 
 @mpi
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_what_is_late_is_deferred(deep, strict, tmp_path, ranks):
     report = relaxed(deep, tmp_path, ranks, *HASTY, "--max-lag", 3)
     ledger = accounted_for(report, strict(ranks))
@@ -136,7 +136,9 @@ WRONG = {
 
 
 @mpi
-@pytest.mark.parametrize("option, value", [(option, value) for option, values in WRONG.items() for value in values])
+@pytest.mark.parametrize("option, value", [(option, values[0]) for option, values in WRONG.items()] + [
+    pytest.param(option, value, marks=pytest.mark.slow) for option, values in WRONG.items() for value in values[1:]
+])  # fmt: skip
 def test_a_wrong_value_is_one_line(deep, option, value):
     command = [sys.executable, "-m", "halo_mpi.generate", *EVEN, "--model", deep, *PROMPT, "--sync", "relaxed", option, value]
     fails(finish(start_command(command), 60), 2, option)

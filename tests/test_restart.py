@@ -13,43 +13,43 @@ from tests.mpi import EVEN, ROOT, mpi_tolerates
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(90)]
 
 
-def test_a_killed_mpirun_is_started_again_and_the_text_is_the_same_to_the_byte(tiny, whole):
-    run = Launched(tiny, *TEXT).until(20)
+def test_a_killed_mpirun_is_started_again_and_the_text_is_the_same_to_the_byte(light, whole_light):
+    run = Launched(light, *TEXT).until(20)
     code, out, err, _ = run.send(run.mpirun()).end()
-    assert (code, out) == (0, whole), err
+    assert (code, out) == (0, whole_light), err
     assert "the job was lost" in err and "going on after" in err
 
 
-def test_no_restart_means_none(tiny):
-    run = Launched(tiny, *TEXT, options=("--no-restart", "-n", "2")).until(20)
+def test_no_restart_means_none(light):
+    run = Launched(light, *TEXT, options=("--no-restart", "-n", "2")).until(20)
     code, _, err, _ = run.send(run.mpirun()).end()
     assert code == 1 and "with --checkpoint FILE" in err and err.count("\n") == 1
 
 
-def test_sigterm_ends_in_order_and_the_same_command_goes_on(tiny, whole, tmp_path):
+def test_sigterm_ends_in_order_and_the_same_command_goes_on(light, whole_light, tmp_path):
     kept, report = tmp_path / "text.json", tmp_path / "report.json"
     options = (*TEXT, "--checkpoint", kept, "--json", report)
-    run = Launched(tiny, *options).until(20)
+    run = Launched(light, *options).until(20)
     code, out, err, took = run.send(run.process.pid, signal.SIGTERM).end()
     assert code == 143 and took < 5, err
-    assert whole.startswith(out.rstrip(b"\n")) and "Killed" not in err and "Traceback" not in err
+    assert whole_light.startswith(out.rstrip(b"\n")) and "Killed" not in err and "Traceback" not in err
     told = json.loads(report.read_text())
     assert told["finish_reason"] == "terminated" and told["text"].encode() + b"\n" == out
     assert len(json.loads(kept.read_text())["token_ids"]) == told["generated_tokens"] < 40
-    code, out, err, _ = Launched(tiny, *options, program="halo_mpi.generate").end()
-    assert (code, out) == (0, whole), err
+    code, out, err, _ = Launched(light, *options, program="halo_mpi.generate").end()
+    assert (code, out) == (0, whole_light), err
     assert not kept.exists() and json.loads(report.read_text())["generated_tokens"] == 40
 
 
-def test_sigterm_during_start_up_ends_promptly(tiny):
-    run = Launched(tiny, *TEXT)
+def test_sigterm_during_start_up_ends_promptly(light):
+    run = Launched(light, *TEXT)
     time.sleep(1.0)
     code, out, err, took = run.send(run.process.pid, signal.SIGTERM).end()
     assert code == 143 and (not out or b"BAD TERMINATION" in out) and took < 7 and "Traceback" not in err, err
 
 
-def test_a_killed_root_ends_the_job_and_is_not_started_again(tiny):
-    run = Launched(tiny, *TEXT).until(20)
+def test_a_killed_root_ends_the_job_and_is_not_started_again(light):
+    run = Launched(light, *TEXT).until(20)
     code, _, err, took = run.send(run.rank(0)).end()
     assert code == 1 and took < 5, (took, err)
     assert "was killed" in err and "going on" not in err
@@ -70,17 +70,17 @@ def test_where_all_read_at_every_token_a_lost_worker_means_another_start(deep, t
     assert "rank 1 is gone, and nobody who is left can take its work over" in err and "a rank was missing; going on after" in err
 
 
-def test_a_batch_that_is_lost_repeats_and_misses_nothing(tiny, tmp_path):
+def test_a_batch_that_is_lost_repeats_and_misses_nothing(light, tmp_path):
     lines = [{"id": number, "prompt": f"The quick {number}", "temperature": 1.0} for number in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = (*EVEN, "--prompts", tmp_path / "in.jsonl", "--max-tokens", 20, "--ignore-eos", "--seed", 3, "--out")
-    run = Launched(tiny, *options, tmp_path / "out.jsonl", options=("-n", "2"))
+    run = Launched(light, *options, tmp_path / "out.jsonl", options=("-n", "2"))
     while not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_text():
         time.sleep(0.02)
     time.sleep(0.3)
     code, _, err, _ = run.send(run.mpirun()).end()
     assert code == 0 and "going on after" in err, err
-    code, _, err, _ = Launched(tiny, *options, tmp_path / "whole.jsonl", options=("-n", "2"), program="halo_mpi.generate").end()
+    code, _, err, _ = Launched(light, *options, tmp_path / "whole.jsonl", options=("-n", "2"), program="halo_mpi.generate").end()
     essence = [[(r["id"], r["token_ids"], r["finish_reason"]) for r in map(json.loads, path.read_text().splitlines())]
                for path in (tmp_path / "out.jsonl", tmp_path / "whole.jsonl")]  # fmt: skip
     assert essence[0] == essence[1] and len(essence[0]) == 3
@@ -98,10 +98,10 @@ def test_a_host_that_goes_down_is_left_out_and_the_text_goes_on(tiny, whole, hos
     assert "do not answer: board-a;" in err and "on 2 ranks" in err
 
 
-def test_a_daemon_that_is_killed_on_a_host_that_answers_costs_nothing(tiny, whole, hosts):
-    run = Launched(tiny, *TEXT, options=hosts[0]).until(20)
+def test_a_daemon_that_is_killed_on_a_host_that_answers_costs_nothing(light, whole_light, hosts):
+    run = Launched(light, *TEXT, options=hosts[0]).until(20)
     code, out, err, _ = run.send(parent_of(run.rank(2))).end()
-    assert (code, out) == (0, whole), err
+    assert (code, out) == (0, whole_light), err
     assert "left out" not in err and "on 3 ranks" in err
 
 
