@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 
-from mpirun_hosts import EXIT_FAILED, EXIT_USAGE, LaunchError, is_here, read_hostfile
+from mpirun_hosts import EXIT_FAILED, LaunchError, is_here, read_hostfile
 from pis_copy import Copier, Tree, check_space, code_of, environment_of, listed, model_of, shards_of, spread
 from pis_host import Commands, Host, HostError, check_kind, clock_note
 
@@ -148,8 +148,7 @@ def main(words):
         except KeyboardInterrupt:
             commands.end()
             pool.shutdown(cancel_futures=True)
-            print("setup-pis: interrupted; the same command goes on where it stopped", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            raise
     if failed:
         print(f"setup-pis: {len(failed)} of {len(others)} hosts not set up: {', '.join(sorted(failed))}", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_DONE
@@ -160,4 +159,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (LaunchError, HostError) as error:
         print(f"setup-pis: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", EXIT_USAGE))
+        sys.exit(getattr(error, "exit_code", EXIT_FAILED))
+    except KeyboardInterrupt:
+        print("setup-pis: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

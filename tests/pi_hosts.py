@@ -84,12 +84,17 @@ class PiHosts:
     def refuse(self, host: str, reason: str) -> None:
         (self.disks / host / "refused").write_text(reason)
 
-    def set_up(self, *options, hostfile=None) -> tuple[int, dict[str, str], str]:
-        """(exit code, what was said of each host, standard error)"""
-        words = ["bash", self.root / "launch" / "setup-pis.sh", hostfile or self.hostfile, *options]
+    def start(self, *options) -> subprocess.Popen:
+        words = ["bash", self.root / "launch" / "setup-pis.sh", self.hostfile, *options]
         path = f"{self._tools}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(list(map(str, words)), env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=50)
-        return done.returncode, dict(line.split(": ", 1) for line in done.stdout.splitlines()), done.stderr
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, words)), env={**os.environ, "PATH": path}, **pipes)
+
+    def set_up(self, *options) -> tuple[int, dict[str, str], str]:
+        """(exit code, what was said of each host, standard error)"""
+        process = self.start(*options)
+        out, err = process.communicate(timeout=50)
+        return process.returncode, dict(line.split(": ", 1) for line in out.splitlines()), err
 
     def files(self, host: str, folder: str) -> list[str]:
         top = self.on(host) / folder

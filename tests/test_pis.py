@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 
 from tests.mpi import ROOT
 from tests.pi_hosts import PiHosts
+from tests.pi_lab import until
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -60,7 +62,6 @@ def test_spread_shards_lie_on_two_hosts_each_and_others_go(pis):
     assert code == 0 and all("model.h5" in files for files in held)
     assert [sum(f"shard-{number:02}.h5" in files for files in held) for number in range(4)] == [2, 2, 2, 2]
     assert max(map(len, held)) - min(map(len, held)) <= 1
-    assert pis.set_up(pis.model, "--spread")[1]["board-a"] == f"nothing to copy{STARTS}"
 
 
 def test_a_damaged_copy_is_found_by_its_content(pi):
@@ -69,24 +70,43 @@ def test_a_damaged_copy_is_found_by_its_content(pi):
     times = shard.stat()
     shard.write_text("shard-0!" * 1000)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert pi.set_up(pi.model)[1]["board-a"] == f"nothing to copy{STARTS}"
+    assert pi.set_up(pi.model, "--dry-run")[1]["board-a"] == "nothing to copy"
     assert pi.set_up(pi.model, "--verify")[1]["board-a"].startswith("copied model (1 files")
     assert shard.read_text() == "shard-01" * 1000
 
 
 def test_a_dry_run_says_what_would_be_copied_and_copies_nothing(pi):
+    pi.hostfile.write_text("localhost:1\nboard-a:2\n")  # as for MPICH
     code, said, _ = pi.set_up("--dry-run")
     assert code == 0 and said["board-a"].startswith("would copy code (9 files") and not pi.on("board-a").exists()
 
 
-def test_who_cannot_be_reached_is_named_and_the_others_are_set_up(tmp_path):
-    pis = PiHosts(tmp_path, "board-a", "board-b")
-    pis.refuse("board-a", "** a banner **\npi@board-a: Permission denied (publickey,password).\n")
-    code, said, err = pis.set_up()
-    assert code == 1 and said["board-b"].startswith("copied code")
-    reason = "pi@board-a: Permission denied (publickey,password).; give it your key: ssh-copy-id board-a"
-    assert said["board-a"] == f"not set up: {reason}"
-    assert err.splitlines()[-1] == "setup-pis: 1 of 2 hosts not set up: board-a"
+def test_each_host_that_cannot_be_set_up_is_named_with_its_reason_and_the_others_are_set_up(tmp_path):
+    pis = PiHosts(tmp_path, "good", "closed", "other-kind", "no-rsync", "full", "other-folder", "late", "shared")
+    pis.write(".venv/lib/big.so", "x" * 10_000_000)
+    pis.write("halo_mpi/new.py", "not yet known to git")
+    pis.refuse("closed", "** a banner **\npi@closed: Permission denied (publickey,password).\n")
+    pis.tool("other-kind", "uname", "echo armv7l")
+    pis.tool("no-rsync", "rsync", None)
+    pis.tool("full", "df", "echo Filesystem; echo /dev/mmcblk0p2 9 9 70000 99% /")
+    pis.write("thesis.txt", "mine", host="other-folder")
+    pis.tool("late", "date", "echo 1700000000")
+    pis.on("shared").symlink_to(pis.root)
+    code, said, err = pis.set_up(pis.model)
+    assert code == 1
+    assert err.splitlines()[-1] == "setup-pis: 5 of 8 hosts not set up: closed, full, no-rsync, other-folder, other-kind"
+    told = "not set up: pi@closed: Permission denied (publickey,password).; give it your key: ssh-copy-id closed"
+    assert said["closed"] == told
+    assert said["other-kind"].startswith("not set up: is a armv7l, this computer a ")
+    assert said["no-rsync"] == "not set up: has no rsync; run there: sudo apt-get install rsync"
+    assert said["full"].startswith("not set up: 10.") and said["full"].endswith(" MB are to be copied, and its / has 71.7 MB free")
+    assert said["other-folder"].endswith("is something else there than halo_mpi; move it away")
+    assert said["good"].startswith("copied code") and said["good"].endswith(STARTS)
+    assert said["late"].startswith("copied code") and said["late"].endswith(" h behind: look at `timedatectl` there")
+    assert said["shared"] == f"nothing to copy{STARTS}; its folder is shared with this computer"
+    assert not any(pis.on(name).exists() for name in ("closed", "other-kind", "no-rsync", "full"))
+    assert pis.files("other-folder", ".") == ["thesis.txt"]
+    assert (pis.root / "halo_mpi/new.py").exists() and not list(pis.root.rglob(".halo-here-*"))
 
 
 @pytest.mark.parametrize(
@@ -105,44 +125,6 @@ def test_errors_of_ssh_and_rsync_become_one_line_with_advice(monkeypatch, errors
     from pis_host import Commands, Host
 
     assert told in Host("pi2", Commands()).why(errors) and "\n" not in Host("pi2", Commands()).why(errors)
-
-
-@pytest.mark.parametrize(
-    "tool, text, reason",
-    [
-        ("uname", "echo armv7l", "is a armv7l, this computer a "),
-        ("rsync", None, "has no rsync; run there: sudo apt-get install rsync"),
-        ("df", "echo Filesystem; echo /dev/mmcblk0p2 9 9 70000 99% /", "and its / has 71.7 MB free"),
-    ],
-)
-def test_a_host_on_which_it_could_not_run_gets_nothing(pi, tool, text, reason):
-    pi.write(".venv/lib/big.so", "x" * 10_000_000)
-    pi.tool("board-a", tool, text)
-    code, said, _ = pi.set_up()
-    assert code == 1 and said["board-a"].startswith("not set up: ") and reason in said["board-a"]
-    assert not pi.on("board-a").exists()
-
-
-def test_another_folder_of_that_name_is_left_alone(pi):
-    pi.write("thesis.txt", "mine", host="board-a")
-    code, said, _ = pi.set_up()
-    assert code == 1 and "is something else there than halo_mpi; move it away" in said["board-a"]
-    assert pi.files("board-a", ".") == ["thesis.txt"]
-
-
-def test_a_shared_folder_is_not_copied_onto_itself(pi):
-    pi.write("halo_mpi/new.py", "not yet known to git")
-    pi.on("board-a").parent.mkdir(parents=True, exist_ok=True)
-    pi.on("board-a").symlink_to(pi.root)
-    code, said, _ = pi.set_up(pi.model)
-    assert (code, said["board-a"]) == (0, f"nothing to copy{STARTS}; its folder is shared with this computer")
-    assert (pi.root / "halo_mpi/new.py").exists() and not list(pi.root.rglob(".halo-here-*"))
-
-
-def test_a_wrong_clock_is_told(pi):
-    pi.tool("board-a", "date", "echo 1700000000")
-    code, said, _ = pi.set_up()
-    assert code == 0 and "its clock is " in said["board-a"] and "behind: look at `timedatectl` there" in said["board-a"]
 
 
 def test_a_program_that_does_not_start_there_is_told(pi):
@@ -167,12 +149,17 @@ def test_wrong_use_is_one_line_and_exit_code_2(pi, hosts, options, complaint):
     assert (code, said) == (2, {}) and err.startswith("setup-pis: ") and err.count("\n") == 1 and complaint in err
 
 
-def test_a_hostfile_of_mpich_will_do(pi):
-    pi.hostfile.write_text("localhost:1\nboard-a:2\n")
-    assert list(pi.set_up("--dry-run")[1]) == ["localhost", "board-a"]
-
-
 def test_without_an_environment_it_says_how_to_make_one(pi):
     (pi.root / ".venv" / "halo-stamp").unlink()
     code, _, err = pi.set_up()
     assert code == 1 and err.endswith("run first: bash launch/quickstart.sh\n")
+
+
+def test_ctrl_c_ends_it_with_one_line(pi, tmp_path):
+    begun = tmp_path / "begun"
+    pi.tool("board-a", "date", f"touch {begun}; exec sleep 20")
+    process = pi.start()
+    until(begun.exists)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, "setup-pis: interrupted; the same command goes on where it stopped\n")
