@@ -18,8 +18,8 @@ from pis_host import Commands, Host, HostError, check_kind, clock_note
 
 AT_ONCE = 4  # hosts; more would share this computer's one cable
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
-EPILOG = """On the hosts, halo_mpi's folder becomes a copy: what git does not know goes from its folders of code (halo_mpi, launch, bench, ...);
-all else in it stays. Exit codes: 0 all hosts are set up, 1 some are not, 2 wrong use."""
+EPILOG = """On the hosts, halo_mpi's folder becomes a copy: what git does not know goes from its folders of code (halo_mpi,
+launch, bench, ...); all else in it stays. Exit codes: 0 all hosts are set up, 1 some are not, 2 wrong use."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,11 +28,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def options_from(words):
-    parser = Parser(prog="setup-pis.sh", usage="bash launch/%(prog)s HOSTFILE [MODEL.halo] [option ...]", description=__doc__, epilog=EPILOG)
+    usage = "bash launch/setup-pis.sh HOSTFILE [MODEL.halo] [option ...]"
+    parser = Parser(usage=usage, description=__doc__, epilog=EPILOG)
     parser.add_argument("hostfile", metavar="HOSTFILE", help="as for halo-mpirun; this computer may be in it")
     parser.add_argument("model", metavar="MODEL.halo", nargs="?", help="a model folder to copy too")
-    parser.add_argument("--spread", action="store_true", help="only some shards of the model on each host, so that each is on two hosts")
-    parser.add_argument("--verify", action="store_true", help="compare contents, not sizes and times: finds damaged files, and takes long")
+    parser.add_argument("--spread", action="store_true", help="only some shards on each host, so that each is on two")
+    parser.add_argument("--verify", action="store_true", help="compare contents, not sizes and times: finds damaged files")
     parser.add_argument("--dry-run", action="store_true", help="copy nothing, and say what would be copied")
     options = parser.parse_args(words)
     if options.spread and not options.model:
@@ -100,8 +101,8 @@ class SetUp:
         return self._copier.changes(tree, host, state != "missing")
 
     def _prepare(self, host, trees):
-        folders = " ".join(shlex.quote(str(tree.folder)) for tree in trees)
-        done = host.run(f"mkdir -p {shlex.quote(str(self._root))} {folders} && touch {shlex.quote(str(self._root / '.halo-copy'))}")
+        folders = shlex.join(map(str, [self._root, *(tree.folder for tree in trees)]))
+        done = host.run(f"mkdir -p {folders} && touch {shlex.quote(str(self._root / '.halo-copy'))}")
         if done.returncode:
             raise HostError(host.why(done.stderr))
 

@@ -117,7 +117,7 @@ class Host:
 
     def why(self, errors: str) -> str:
         """One line of what ssh or rsync wrote, and what to do about it."""
-        lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["ssh does not say why"]
+        lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no reason is given"]
         for key, advice in ADVICE.items():
             found = next((line for line in lines if key in line), None)
             if found:
@@ -143,7 +143,7 @@ class Host:
                 state, free, mount = value.split(" ", 2)
                 facts.places[key] = Place(state, int(free) * 1024, mount)
         if len(facts.places) < len(folders):
-            raise HostError(f"does not tell what it is: {self.why(done.stderr) if done.stderr else 'is its login shell sh or bash?'}")
+            raise HostError(f"does not tell what it is: {self.why(done.stderr)}")
         return facts
 
     def try_start(self, root: str) -> None:

@@ -14,8 +14,8 @@ from tests.mpi import ROOT
 TOOLS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "git": "git", "setpriv": "util-linux"}
 USER, UID = "pi", 54321
 HALO = Path("/home/pi/halo_mpi")
-UNNEEDED = ("torch", "torchgen", "transformers*", "sympy*", "matplotlib*", "fontTools*", "unicorn*", "PIL*", "pillow*", "scipy*", "networkx*",
-            "hf_xet*", "pip*", "setuptools*", "hypothesis*", "accelerate*", "kiwisolver*", "pydantic*", "mpmath*", "__pycache__")  # fmt: skip
+UNNEEDED = ("torch", "torchgen", "transformers*", "sympy*", "matplotlib*", "fontTools*", "unicorn*", "PIL*", "pillow*", "networkx*", "hf_xet*",
+            "pip*", "setuptools*", "hypothesis*", "accelerate*", "kiwisolver*", "pydantic*", "mpmath*", "__pycache__")  # fmt: skip
 HIDE = """
 hide() { mount -t tmpfs -o mode=755 halo-lab "$1"; }
 set -e
@@ -54,9 +54,10 @@ def missing_tools() -> str:
 
 
 class PiLab:
-    """The first host of a lab has halo_mpi, its environment and a model; the others have a home folder. `strangers`: they do not know its key.
+    """The first host of a lab has halo_mpi, its environment and a model, and knows the others' names; they have a home folder.
 
-    Each has a user pi with no rights, sees neither this repository nor its virtual environment, and has /home, /tmp and /dev/shm to itself.
+    Each has a user pi with no rights, sees neither this repository nor its virtual environment, and has /home, /tmp and /dev/shm to
+    itself. `strangers` do not know the first one's key.
     """
 
     def __init__(self, lab: Lab, folder: Path, model: Path, strangers: tuple[str, ...] = ()):
@@ -91,7 +92,8 @@ class PiLab:
     def run(self, command: str, timeout: float = 110) -> subprocess.CompletedProcess:
         """A command of the user on the first host."""
         server = self._servers[self.names[0]]
-        words = ["nsenter", "--target", server.pid, "--net", "--mount", "--uts", "setpriv", "--reuid", UID, "--regid", UID, "--clear-groups"]
+        words = ["nsenter", "--target", server.pid, "--net", "--mount", "--uts"]
+        words += ["setpriv", "--reuid", UID, "--regid", UID, "--clear-groups"]
         words += ["env", "-i", f"HOME=/home/{USER}", f"USER={USER}", "PATH=/usr/bin:/bin", "sh", "-c", f"cd {HALO} && {command}"]
         quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
         return subprocess.run(list(map(str, words)), timeout=timeout, **quiet)
@@ -106,18 +108,18 @@ class PiLab:
         etc, home, sshd = disk / "etc", disk / "home" / USER, disk / "sshd"
         for folder in (etc, home / ".ssh", sshd):
             folder.mkdir(parents=True)
-        lines = {
-            "passwd": f"{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash",
-            "group": f"{USER}:x:{UID}:",
-            "shadow": f"{USER}:*:19000::::::",
-            "hosts": "\n".join(f"{self.lab.names.address(other)} {other}" for other in self.names),
-        }
-        for file, line in lines.items():
+        own = {"passwd": f"{USER}:x:{UID}:{UID}::/home/{USER}:/bin/bash", "group": f"{USER}:x:{UID}:", "shadow": f"{USER}:*:19000::::::"}
+        for file, line in own.items():
             (etc / file).write_text(f"{Path('/etc', file).read_text().rstrip()}\n{line}\n")
+        known = self._others() if name == self.names[0] else ""
+        (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{known}")  # as on Raspberry Pi OS
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", sshd / "key")
         (sshd / "config").write_text(CONFIG)
         if name not in self._strangers:
             shutil.copy(self._folder / "user-key.pub", home / ".ssh" / "authorized_keys")
+
+    def _others(self) -> str:
+        return "".join(f"{self.lab.names.address(name)} {name}\n" for name in self.names[1:])
 
     def _fill_first(self, model: Path):
         ssh, halo = self.disk(self.names[0]) / "home" / USER / ".ssh", self.halo(self.names[0])
@@ -143,8 +145,8 @@ class PiLab:
     def _serve(self, name: str) -> subprocess.Popen:
         closed = [folder for folder in Path(sys.base_prefix).parents if not folder.stat().st_mode & 0o001]
         variables = {
-            "NAME": name, "DISK": self.disk(name), "PYTHON": sys.base_prefix, "REPOSITORY": ROOT, "ENVIRONMENT": os.path.realpath(sys.prefix),
-            "PRIVATE": closed[-1] if closed else "", "SSHD": shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin"),
+            "NAME": name, "DISK": self.disk(name), "PYTHON": sys.base_prefix, "REPOSITORY": ROOT,
+            "ENVIRONMENT": os.path.realpath(sys.prefix), "PRIVATE": closed[-1] if closed else "", "SSHD": shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin"),
         }  # fmt: skip
         words = ["nsenter", f"--net={NETNS / self.lab.names.namespace(name)}", "unshare", "--mount", "--uts", "sh", "-c", HIDE]
         log = (self.disk(name) / "log").open("w")

@@ -117,7 +117,7 @@ def test_each_host_that_cannot_be_set_up_is_named_with_its_reason_and_the_others
         ("ssh: connect to host pi2 port 22: Connection timed out", "timed out; is it on, and in this network?"),
         ("ssh: Could not resolve hostname pi2: Name or service not known", "; correct the name in the hostfile, or put it into"),
         ("rsync: [receiver] write failed: No space left on device (28)\nrsync error: x", "rsync: [receiver] write failed: No space"),
-        ("", "ssh does not say why"),
+        ("", "no reason is given"),
     ],
 )
 def test_errors_of_ssh_and_rsync_become_one_line_with_advice(monkeypatch, errors, told):

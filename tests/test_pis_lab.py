@@ -9,12 +9,13 @@ from bench.lab.lab import Lab
 from bench.lab.scenario import Host, Scenario
 from tests.conftest import converted
 from tests.lab import leftovers
+from tests.mpi import ROOT
 from tests.pi_lab import HALO, PiLab, missing_tools
 from tests.tiny_models import TINY, write_tiny_hf
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(300)]
-GENERATE = (".venv/bin/python -m halo_mpi.generate --model models/tiny.halo --placement importance --wire f32 --prompt 'The quick brown fox'"
-            " --max-tokens 12 --ignore-eos")  # fmt: skip
+GENERATE = (".venv/bin/python -m halo_mpi.generate --model models/tiny.halo --placement importance --wire f32"
+            " --prompt 'The quick brown fox' --max-tokens 12 --ignore-eos")  # fmt: skip
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ def test_bare_hosts_write_a_text_together_after_one_command(cluster):
     assert told["pi4"].startswith("not set up: pi@pi4: Permission denied") and told["pi4"].endswith("ssh-copy-id pi4")
     for name in ("pi2", "pi3"):
         assert told[name].startswith("copied code (") and told[name].endswith("halo_mpi starts there"), told
-        assert (cluster.halo(name) / "halo_mpi/generate.py").read_text() == (cluster.halo("pi1") / "halo_mpi/generate.py").read_text()
+        assert (cluster.halo(name) / "halo_mpi/generate.py").read_text() == (ROOT / "halo_mpi/generate.py").read_text()
+        assert len(list((cluster.halo(name) / "models/tiny.halo").iterdir())) < 5, "some shards"
 
     again = said(cluster.run("bash launch/setup-pis.sh all models/tiny.halo --spread"))
     assert again == told | dict.fromkeys(("pi2", "pi3"), "nothing to copy, and halo_mpi starts there")
