@@ -116,14 +116,15 @@ class Copier:
             return self._rsync(tree, host, f"{nothing}/", ["--dry-run"])
 
     def copy(self, tree: Tree, host: Host) -> Changes:
-        return self._rsync(tree, host, self._address(host, tree), ["--partial-dir=.halo-partial"])
+        return self._rsync(tree, host, self._address(host, tree), [])
 
     def _address(self, host: Host, tree: Tree) -> str:
         return f"{f'[{host.name}]' if ':' in host.name else host.name}:{tree.folder}/"
 
     def _rsync(self, tree: Tree, host: Host, target: str, options: list[str]) -> Changes:
-        line = ["rsync", "-rlpt", "--omit-dir-times", "--delete", "--protect-args", "--timeout=120", "--out-format=%i %l"]
-        line += ["--filter=merge -", "-e", AGENT, *self._options, *options, f"{tree.folder}/", target]
+        line = ["rsync", "-rlpt", "--omit-dir-times", "--delete", "--protect-args", "--out-format=%i %l"]
+        line += ["--timeout=900", "--partial-dir=.halo-partial", "--filter=merge -", "-e", AGENT]
+        line += [*self._options, *options, f"{tree.folder}/", target]
         done = host.commands.run(line, "".join(f"{rule}\n" for rule in tree.rules))
         if done.returncode:
             raise HostError(f"copying the {tree.what} failed: {host.why(done.stderr)}")

@@ -14,8 +14,8 @@ from tests.mpi import ROOT
 TOOLS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "git": "git", "setpriv": "util-linux"}
 USER, UID = "pi", 54321
 HALO = Path("/home/pi/halo_mpi")
-UNNEEDED = ("torch", "torchgen", "transformers*", "sympy*", "matplotlib*", "fontTools*", "unicorn*", "PIL*", "pillow*", "networkx*", "hf_xet*",
-            "pip*", "setuptools*", "hypothesis*", "accelerate*", "kiwisolver*", "pydantic*", "mpmath*", "__pycache__")  # fmt: skip
+UNNEEDED = ("torch", "torchgen", "transformers*", "sympy*", "matplotlib*", "fontTools*", "unicorn*", "PIL*", "pillow*", "networkx*",
+            "hf_xet*", "pip*", "setuptools*", "hypothesis*", "accelerate*", "kiwisolver*", "pydantic*", "mpmath*", "__pycache__")  # fmt: skip
 HIDE = """
 hide() { mount -t tmpfs -o mode=755 halo-lab "$1"; }
 set -e
@@ -146,7 +146,8 @@ class PiLab:
         closed = [folder for folder in Path(sys.base_prefix).parents if not folder.stat().st_mode & 0o001]
         variables = {
             "NAME": name, "DISK": self.disk(name), "PYTHON": sys.base_prefix, "REPOSITORY": ROOT,
-            "ENVIRONMENT": os.path.realpath(sys.prefix), "PRIVATE": closed[-1] if closed else "", "SSHD": shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin"),
+            "ENVIRONMENT": os.path.realpath(sys.prefix),
+            "PRIVATE": closed[-1] if closed else "", "SSHD": shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin"),
         }  # fmt: skip
         words = ["nsenter", f"--net={NETNS / self.lab.names.namespace(name)}", "unshare", "--mount", "--uts", "sh", "-c", HIDE]
         log = (self.disk(name) / "log").open("w")
