@@ -14,8 +14,8 @@ from tests.mpi import ROOT
 TOOLS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "git": "git", "setpriv": "util-linux"}
 USER, UID = "pi", 54321
 HALO = Path("/home/pi/halo_mpi")
-UNNEEDED = ("torch", "torchgen", "transformers*", "sympy*", "matplotlib*", "fontTools*", "unicorn*", "PIL*", "pillow*", "networkx*",
-            "hf_xet*", "pip*", "setuptools*", "hypothesis*", "accelerate*", "kiwisolver*", "pydantic*", "mpmath*", "__pycache__")  # fmt: skip
+UNNEEDED = """torch torchgen transformers* sympy* matplotlib* fontTools* unicorn* PIL* pillow* networkx* hf_xet* pip* setuptools*
+    hypothesis* accelerate* kiwisolver* pydantic* mpmath* __pycache__""".split()
 HIDE = """
 hide() { mount -t tmpfs -o mode=755 halo-lab "$1"; }
 set -e
