@@ -28,7 +28,8 @@ Examples:
 @click.command(epilog=EXAMPLES, short_help="Show what is in a .halo folder, and whether it is intact.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read everything and check every checksum.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw what calibration found: a heat map of the importance, a PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
+              help="Draw what calibration found: a heat map of the importance, a PNG.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
 @version_option

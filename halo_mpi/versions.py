@@ -35,8 +35,9 @@ def mpi_name() -> str:
 def versions() -> str:
     """Two lines, the first of this program alone."""
     revision = git_revision()
+    ours = f"halo_mpi {__version__}" + (f" ({revision})" if revision else "")
     libraries = ", ".join(f"{name} {_installed(name)}" for name in LIBRARIES)
-    return f"halo_mpi {__version__}{f' ({revision})' if revision else ''}\nPython {platform.python_version()}, {_mpi_without_start()}, {libraries}"
+    return f"{ours}\nPython {platform.python_version()}, {_mpi_without_start()}, {libraries}"
 
 
 def version_option(command: click.Command) -> click.Command:
