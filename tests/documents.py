@@ -3,7 +3,6 @@
 import re
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from tests.mpi import ROOT
 
