@@ -20,7 +20,7 @@ import torch
 
 from bench.quality import language_reference
 from halo_mpi.convert import write_model
-from halo_mpi.engine.report import git_revision
+from halo_mpi.versions import git_revision
 from halo_mpi.sources import Source, open_source
 from halo_mpi.store.encoding import Blocks
 

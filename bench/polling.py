@@ -15,7 +15,7 @@ import click
 import numpy as np
 from mpi4py import MPI
 
-from halo_mpi.engine.report import git_revision
+from halo_mpi.versions import git_revision
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.messages import Kind
 from halo_mpi.wire.polling import Waiter, sharpen_timers

@@ -6,25 +6,35 @@ from statistics import fmean
 
 import click
 
-from halo_mpi.engine.launch import run_distributed
+from halo_mpi.cli import run_command
+from halo_mpi.engine.options import threads_option
+from halo_mpi.versions import version_option
 
 UNITS = {"neurons": 1, "blocks": 32}  # neurons that stay together
-EXAMPLE = "Example: halo-mpi calibrate models/smollm2-135m.halo --text letters.txt --text manual.txt"
+EXAMPLES = """\b
+Examples:
+  halo-mpi calibrate models/smollm2-135m.halo
+  halo-mpi calibrate models/smollm2-135m.halo --text letters.txt --text manual.txt
+  launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.calibrate models/smollm2-135m.halo
+"""
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(epilog=EXAMPLES, short_help="Measure what matters in a model, and write it into the model.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--text", "paths", type=click.Path(path_type=Path), multiple=True,
-              help="UTF-8 text to calibrate with; may be repeated. Default: novels, manuals and code that come with halo_mpi.")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(2), default=40000, show_default=True, help="How many tokens of it to use.")
-@click.option("--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens that are read as one text.")
-@click.option("--sensitivity-tokens", type=click.IntRange(0), default=512, show_default=True,
+@click.option("--text", "paths", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+              show_default="novels, manuals and code that come with halo_mpi",
+              help="UTF-8 text to calibrate with; may be given several times.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(2), default=40000, show_default=True, metavar="N", help="How many tokens of it to use.")
+@click.option("--context", "--window", "window", type=click.IntRange(16), default=512, show_default=True, metavar="C",
+              help="Tokens that are read as one text.")  # fmt: skip
+@click.option("--sensitivity-tokens", type=click.IntRange(0), default=512, show_default=True, metavar="N",
               help="Tokens to measure what a missing part of each layer costs; 0: do not measure it.")  # fmt: skip
 @click.option("--sort", "sorted_by", type=click.Choice(list(UNITS)), default="neurons", show_default=True,
               help="How the FFN is sorted by importance. neurons: one by one, which tells important groups from unimportant ones best, and "
                    "gives a 4-bit down projection 8 bits. blocks: 32 together, whose 4 bits stay as they are.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS", help="Threads of each rank. Default: as generate's.")
+@threads_option
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@version_option
 @click.pass_obj
 def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: int, sensitivity_tokens: int, sorted_by: str,
               threads: int | None, verbose: bool) -> None:  # fmt: skip
@@ -56,4 +66,4 @@ def calibrate(comm, model: Path, paths: tuple[Path, ...], tokens: int, window: i
 
 
 if __name__ == "__main__":
-    run_distributed(calibrate)
+    run_command(calibrate)

@@ -1,34 +1,52 @@
 """The `halo-mpi` command: one subcommand per module, each also run as `python -m halo_mpi.NAME`."""
 
 import importlib
+import os
 import sys
 import traceback
 
 import click
+from click.shell_completion import get_completion_class
 
-from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, describe
+from halo_mpi.versions import version_option
 
 LOCAL = ("convert", "inspect")  # one process
 DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan")  # one process per rank, under mpirun
+RANK = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"}  # one of these is in the environment of what mpirun or srun started
+COMPLETE = "_HALO_MPI_COMPLETE"  # click's own name for it
 
 
 def is_local(name: str, arguments: list[str]) -> bool:
-    """Whether a command runs as one process; to plan for a file of devices is one that needs no MPI."""
-    return name in LOCAL or name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
+    """Whether a command needs no MPI: what one process does, planning for a file of devices, and questions outside mpirun."""
+    is_question = arguments in (["--help"], ["--version"]) and not RANK.intersection(os.environ)
+    plans_for_file = name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
+    return name in LOCAL or is_question or plans_for_file
 
 
-def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
+def run_command(command: click.Command, arguments: list[str] | None = None) -> None:
+    """Run a command and exit: as one process, or on every rank that mpirun started."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if is_local(command.name, arguments):
+        run_local(command, arguments)
+    else:
+        from halo_mpi.engine.launch import run_distributed
+
+        run_distributed(command, arguments)
+
+
+def run_local(command: click.Command, arguments: list[str] | None = None, program: str = "") -> None:
     """Run a command of one process and exit; a failure is one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    program = program or f"halo-mpi {command.name}"
     verbose = "--verbose" in arguments
     code, message = EXIT_DONE, ""
     try:
-        command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False)
+        command.main(arguments, prog_name=program, standalone_mode=False)
     except click.exceptions.Abort:  # what click makes of Ctrl-C
         code, message = EXIT_INTERRUPTED, "interrupted"
     except click.ClickException as error:
-        code, message = EXIT_USAGE, f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`."
+        code, message = EXIT_USAGE, f"{' '.join(error.format_message().split())} Try `{program} --help`."
     except Exception as error:
         if verbose:
             traceback.print_exc()
@@ -39,28 +57,53 @@ def run_local(command: click.Command, arguments: list[str] | None = None) -> Non
     sys.exit(code)
 
 
+class Commands(click.Group):
+    """The subcommands, each imported only when it is wanted."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted((*LOCAL, *DISTRIBUTED, *self.commands))
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in (*LOCAL, *DISTRIBUTED):
+            return getattr(importlib.import_module(f"halo_mpi.{name}"), name)
+        return super().get_command(context, name)
+
+
+EXAMPLES = """\b
+Examples:
+  halo-mpi convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m.halo
+  halo-mpi generate --model models/smollm2-135m.halo --prompt "Once upon a time"
+  launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate --model models/smollm2-135m.halo --prompt "Hi"
+  eval "$(halo-mpi completion bash)"
+
+Exit codes: 0 done, 1 the run failed, 2 wrong use or bad input, 3 done, but devices were lost on the way, 130 after Ctrl-C, 143 ended by
+SIGTERM. A failure is one line on standard error.
+"""
+
+
+@click.command("halo-mpi", cls=Commands, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@version_option
+def commands() -> None:
+    """LLaMA-family language models over MPI on a handful of small computers.
+
+    Each COMMAND is also run as `python -m halo_mpi.COMMAND`, and tells its options with --help.
+    """
+
+
+@commands.command(epilog='\b\nExample, for ~/.bashrc:\n  eval "$(halo-mpi completion bash)"')
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete commands, options and their values."""
+    click.echo(get_completion_class(shell)(commands, {}, "halo-mpi", COMPLETE).source())
+
+
 def main() -> None:
     """Entry point of the `halo-mpi` script: hands over to the subcommand's own module, so that only it is imported."""
-    names = (*LOCAL, *DISTRIBUTED)
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        click.echo(
-            f"Usage: halo-mpi COMMAND [OPTIONS]\n\nCommands: {', '.join(sorted(names))}. `halo-mpi COMMAND --help` tells more."
-        )
-        sys.exit(EXIT_DONE)
-    if arguments[0] == "--version":
-        click.echo(f"halo_mpi {__version__}")
-        sys.exit(EXIT_DONE)
-    if arguments[0] not in names:
-        click.echo(f"halo-mpi: no command {arguments[0]!r}; there are {', '.join(sorted(names))}", err=True)
-        sys.exit(EXIT_USAGE)
-    command = getattr(importlib.import_module(f"halo_mpi.{arguments[0]}"), arguments[0])
-    if is_local(arguments[0], arguments):
-        run_local(command, arguments[1:])
+    if arguments and arguments[0] in (*LOCAL, *DISTRIBUTED) and COMPLETE not in os.environ:
+        run_command(commands.get_command(click.Context(commands), arguments[0]), arguments[1:])
     else:
-        from halo_mpi.engine.launch import run_distributed
-
-        run_distributed(command, arguments[1:])
+        run_local(commands, arguments or ["--help"], "halo-mpi")
 
 
 if __name__ == "__main__":

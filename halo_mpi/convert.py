@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from halo_mpi.cli import run_local
+from halo_mpi.cli import run_command
 from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import TILED
@@ -17,19 +17,25 @@ from halo_mpi.sources import Source, open_source
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import MODEL_FILE
 from halo_mpi.store.writer import RecordFileWriter, new_folder
+from halo_mpi.versions import version_option
 
+EXAMPLES = """\b
+Examples:
+  halo-mpi convert models/SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m.halo --shards 4
+  halo-mpi convert downloads/TinyLlama-1.1B-Chat models/tinyllama.halo --dtype int8
+"""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-@click.command(epilog="Example: halo-mpi convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m.halo --shards 4")
+@click.command(epilog=EXAMPLES, short_help="Make a .halo folder of a GGUF file or a Hugging Face folder.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dtype", type=click.Choice(DTYPES),
-              help="Storage of the weights; int4 and int8 are computed as they are, the others as f32, slowly. Default: the nearest to "
-                   "the source's own.")  # fmt: skip
-@click.option("--shards", default=4, show_default=True, help="Files the heads and FFN groups are spread over.")
+@click.option("--dtype", type=click.Choice(DTYPES), show_default="the nearest to the source's own",
+              help="Storage of the weights; int4 and int8 are computed as they are, the others as f32, slowly.")  # fmt: skip
+@click.option("--shards", default=4, show_default=True, metavar="K", help="Files the heads and FFN groups are spread over.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@version_option
 def convert(source: Path, out: Path, dtype: str | None, shards: int, force: bool, verbose: bool) -> None:
     """Convert SOURCE, a .gguf file or a Hugging Face folder of the LLaMA architecture, to the folder OUT (NAME.halo).
 
@@ -109,4 +115,4 @@ def _model_records(source: Source, config: ModelConfig, biases: set[str]) -> Ite
 
 
 if __name__ == "__main__":
-    run_local(convert)
+    run_command(convert)

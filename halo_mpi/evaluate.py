@@ -6,31 +6,38 @@ from pathlib import Path
 import click
 import numpy as np
 
-from halo_mpi.engine.launch import run_distributed
-from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.cli import run_command
+from halo_mpi.engine.options import RunCommand, RunOptions, run_options
 from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import require_finite
 from halo_mpi.errors import HaloError, UsageError
+from halo_mpi.versions import version_option
 
-EXAMPLE = "Example: mpirun -n 3 python -m halo_mpi.evaluate --model models/smollm2-135m.halo --text book.txt --tokens 2000"
+EXAMPLES = """\b
+Examples:
+  halo-mpi evaluate --model models/smollm2-135m.halo --text book.txt --tokens 2000
+  launch/halo-mpirun -n 4 python -m halo_mpi.evaluate --model models/smollm2-135m.halo --text book.txt --sync relaxed --json report.json
+"""
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(cls=RunCommand, epilog=EXAMPLES, short_help="Teacher-forced perplexity of a text.")
 @run_options
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text to score.")
-@click.option("--tokens", type=click.IntRange(2), help="Score only the first N tokens of the text. Default: all.")
+@click.option("--text", type=click.Path(path_type=Path), required=True, metavar="FILE", help="UTF-8 text to score.")
+@click.option("--tokens", type=click.IntRange(2), metavar="N", show_default="all", help="Score only the first N tokens.")
 @click.option(
     "--context",
     "window",
     default=512,
     show_default=True,
     type=click.IntRange(2),
+    metavar="C",
     help="Tokens per window; each window starts afresh.",
 )
-@click.option(
-    "--logprobs", type=click.Path(path_type=Path), help="Save the log-probability of each scored token, float32, as .npy."
-)
-@click.option("--top1", type=click.Path(path_type=Path), help="Save the likeliest token at each scored position, int32, as .npy.")
+@click.option("--logprobs", type=click.Path(path_type=Path), metavar="FILE",
+              help="Save the log-probability of each scored token, float32, as .npy.")  # fmt: skip
+@click.option("--top1", type=click.Path(path_type=Path), metavar="FILE",
+              help="Save the likeliest token at each scored position, int32, as .npy.")  # fmt: skip
+@version_option
 @click.pass_obj
 def evaluate(
     comm, run: RunOptions, text: Path, tokens: int | None, window: int, logprobs: Path | None, top1: Path | None
@@ -108,4 +115,4 @@ def _save(path: Path, values: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    run_distributed(evaluate)
+    run_command(evaluate)

@@ -10,52 +10,52 @@ from typing import TYPE_CHECKING
 
 import click
 
-from halo_mpi.engine.launch import run_distributed
+from halo_mpi.cli import run_command
 from halo_mpi.engine.lookup import MOST_GUESSES, Guesser, PassCounts
-from halo_mpi.engine.options import RunOptions, run_options
+from halo_mpi.engine.options import RunCommand, RunOptions, run_options
 from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import EXIT_TERMINATED, UsageError
+from halo_mpi.versions import version_option
 
 if TYPE_CHECKING:
     from halo_mpi.engine.session import Session
 
-EXAMPLE = (
-    "Example: mpirun -x PATH -hostfile hostfiles/pis.txt python -m halo_mpi.generate "
-    '--model models/smollm2-135m.halo --prompt "Once upon a time"'
-)
+EXAMPLES = """\b
+Examples:
+  halo-mpi generate --model models/smollm2-135m.halo --prompt "Once upon a time"
+  launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.generate --model models/smollm2-135m.halo --chat --prompt "Why?"
+  launch/halo-mpirun -n 4 python -m halo_mpi.generate --model models/smollm2-135m.halo --prompts in.jsonl --out out.jsonl --resume
+"""
 
 
-@click.command(epilog=EXAMPLE)
+@click.command(cls=RunCommand, epilog=EXAMPLES, short_help="Continue a text, or many, on all ranks.")
 @run_options
 @click.option("--prompt", help="Text to continue.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the text to continue from this UTF-8 file.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the text to continue from this UTF-8 file.")
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
+    metavar="FILE",
     help='Continue many texts: one {"id": ..., "prompt": ...} a line, with own options.',
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="With --prompts: write one result a line, each as soon as it is finished."
-)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --prompts: write one result a line, each as soon as it is finished.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="With --out: keep the results that are there and skip their prompts.")
 @click.option("--chat", is_flag=True, help="Take the prompt as one turn of a conversation, in the model's own template.")
-@click.option("--max-tokens", default=128, show_default=True, help="Most tokens to generate.")
-@click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), help="Begin no further token this long after a text's first."
-)
-@click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token (greedy).")
-@click.option("--top-k", default=0, show_default=True, help="Sample among the K likeliest tokens; 0: all.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens that together reach this probability."
-)
-@click.option(
-    "--min-p", default=0.0, show_default=True, help="Leave out tokens less likely than this share of the likeliest one."
-)
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: tokens that occurred become less likely.")
-@click.option(
-    "--seed", type=int, help="Same seed, ranks and placement, and --no-moves: same text. Default: a new one, told in the report."
-)
+@click.option("--max-tokens", default=128, show_default=True, metavar="N", help="Most tokens to generate.")
+@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), metavar="S",
+              help="Begin no further token this long after a text's first.")  # fmt: skip
+@click.option("--temperature", default=0.0, show_default=True, metavar="T", help="0: always the likeliest token (greedy).")
+@click.option("--top-k", default=0, show_default=True, metavar="K", help="Sample among the K likeliest tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, metavar="P",
+              help="Sample among the likeliest tokens that together reach this probability.")  # fmt: skip
+@click.option("--min-p", default=0.0, show_default=True, metavar="P",
+              help="Leave out tokens less likely than this share of the likeliest one.")  # fmt: skip
+@click.option("--repetition-penalty", default=1.0, show_default=True, metavar="R",
+              help="Above 1: tokens that occurred become less likely.")  # fmt: skip
+@click.option("--seed", type=int, metavar="S", show_default="a new one, told in the report",
+              help="Same seed, ranks and placement, and --no-moves: same text.")  # fmt: skip
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option(
     "--lookup", type=click.IntRange(0, MOST_GUESSES), default=0, show_default=True, metavar="K",
@@ -64,10 +64,11 @@ EXAMPLE = (
 )  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.option(
-    "--checkpoint", "kept_in", type=click.Path(path_type=Path), envvar="HALO_MPI_CHECKPOINT", show_envvar=True,
+    "--checkpoint", "kept_in", type=click.Path(path_type=Path), metavar="FILE", envvar="HALO_MPI_CHECKPOINT", show_envvar=True,
     help="Keep the text under way in this file, at every token, until it is finished. If it is there, the same command shows what "
          "there was of the text and goes on with it: after a failure, a SIGTERM, or when a batch system starts the job again.",
 )  # fmt: skip
+@version_option
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
              chat: bool, max_seconds: float | None, seed: int | None, lookup: int, kept_in: Path | None, **options) -> Parting:  # fmt: skip
@@ -191,4 +192,4 @@ def _summarize(report: dict, texts: int) -> None:
 
 
 if __name__ == "__main__":
-    run_distributed(generate)
+    run_command(generate)

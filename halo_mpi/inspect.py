@@ -8,21 +8,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halo_mpi.cli import run_local
+from halo_mpi.cli import run_command
 from halo_mpi.errors import DamagedFileError, UsageError
 from halo_mpi.figures import require_matplotlib
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.predict.shown import plot_calibration, print_calibration, stored_bytes
 from halo_mpi.progress import progress
 from halo_mpi.store.reader import ModelStore, RecordFile
+from halo_mpi.versions import version_option
 
 
-@click.command(epilog="Example: halo-mpi inspect models/smollm2-135m.halo --verify")
+EXAMPLES = """\b
+Examples:
+  halo-mpi inspect models/smollm2-135m.halo --verify
+  halo-mpi inspect models/smollm2-135m.halo --plot importance.png
+"""
+
+
+@click.command(epilog=EXAMPLES, short_help="Show what is in a .halo folder, and whether it is intact.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read everything and check every checksum.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw what calibration found: a heat map of the importance, a PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
+              help="Draw what calibration found: a heat map of the importance, a PNG.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@version_option
 def inspect(model: Path, verify: bool, plot: Path | None, as_json: bool, verbose: bool) -> None:
     """Show the shape, storage, sizes and digests of MODEL, a .halo folder, and of those of its shards that are here.
 
@@ -139,4 +149,4 @@ def _ranges(numbers: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    run_local(inspect)
+    run_command(inspect)

@@ -1,14 +1,12 @@
 """`python -m halo_mpi.plan`: who would compute what, why, and how long a token would take; under mpirun, or for a file of devices."""
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
-from halo_mpi.cli import is_local, run_local
-from halo_mpi.engine.launch import run_distributed
-from halo_mpi.engine.options import Size, default_run
+from halo_mpi.cli import run_command
+from halo_mpi.engine.options import Size, default_run, threads_option
 from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import sizes_of
@@ -17,23 +15,31 @@ from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.devices import read_devices
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.schedule.shown import as_json, losses_as_json, print_plan
+from halo_mpi.versions import version_option
 
-EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo"
+EXAMPLES = """\b
+Examples:
+  launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo
+  halo-mpi plan --shape tinyllama --devices devices.json
+"""
 
 
-@click.command(epilog=EXAMPLE)
-@click.option("--model", type=click.Path(path_type=Path), help="Folder made by `halo-mpi convert`.")
+@click.command(epilog=EXAMPLES, short_help="Show who would compute what, why, and the predicted time per token.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Folder made by `halo-mpi convert`.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="A known model's shape instead, whose weights are not needed.")
-@click.option("--devices", "file", type=click.Path(path_type=Path),
-              help="Plan for the devices of this JSON file, without MPI. Default: those that this runs on are measured.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(DTYPES), help="With --devices: of the weights. Default: the model's; of a shape, int4.")
-@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the KV cache must hold.")
-@click.option("--memory", type=Size(),
+@click.option("--devices", "file", type=click.Path(path_type=Path), metavar="FILE",
+              show_default="those that this runs on are measured", help="Plan for the devices of this JSON file, without MPI.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(DTYPES), show_default="the model's; of a shape, int4",
+              help="With --devices: storage of the weights.")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, metavar="C",
+              help="Tokens that the KV cache must hold.")  # fmt: skip
+@click.option("--memory", type=Size(), show_default="what is free",
               help="Most memory for weights and KV cache of one rank, e.g. 800M; what it does not hold is planned to be read from disk at "
-                   "every token. Default: what is free.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS", help="Threads of each rank. Default: as generate's.")
+                   "every token.")  # fmt: skip
+@threads_option
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@version_option
 @click.pass_obj
 def plan(comm, model: Path | None, shape: str | None, file: Path | None, dtype: str | None, context: int, memory: int | None,
          threads: int | None, wanted: bool, verbose: bool) -> None:  # fmt: skip
@@ -97,4 +103,4 @@ def _sizes_of_model(model: Path, dtype: str | None) -> Sizes:
 
 
 if __name__ == "__main__":
-    (run_local if is_local("plan", sys.argv[1:]) else run_distributed)(plan)
+    run_command(plan)

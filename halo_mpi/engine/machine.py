@@ -46,11 +46,5 @@ def survives_ends() -> bool:
     return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
 
 
-def mpi_name() -> str:
-    """For example "Open MPI 5.0.11"."""
-    name, version = MPI.get_vendor()
-    return f"{name} {'.'.join(map(str, version))}"
-
-
 def machine_name() -> str:
     return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {version('torch')}"

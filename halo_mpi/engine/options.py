@@ -13,6 +13,7 @@ from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import WIRES
 
 MAX_LAG = 100  # below the requests that a worker may have unanswered
+OWN, SYNC, RANKS = "Options", "Options of the network", "Options of the ranks and the report"  # sections of the help
 
 
 class Size(click.ParamType):
@@ -88,8 +89,11 @@ class Deadline(click.ParamType):
         return Finite(0).convert(value, param, ctx)
 
 
+threads_option = click.option("--threads", type=click.IntRange(1), metavar="N", envvar="OMP_NUM_THREADS", help="Threads of each rank.",
+                              show_default="OMP_NUM_THREADS, else the host's cores shared among its ranks")  # fmt: skip
+
 _OPTIONS = (
-    click.option("--model", type=click.Path(path_type=Path), required=True, help="Folder made by `halo-mpi convert`."),
+    click.option("--model", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder made by `halo-mpi convert`."),
     click.option("--wire", type=click.Choice(WIRES), default="f16", show_default=True,
                  help="Numbers in messages: 4, 2 or 1 byte each; what fits one packet is lost less often."),
     click.option("--sync", "mode", type=click.Choice(["strict", "relaxed"]), default="strict", show_default=True,
@@ -97,17 +101,17 @@ _OPTIONS = (
                       "relaxed: goes on past a late answer with an estimate, and corrects it when the answer comes."),
     click.option("--late", type=click.Choice(["defer", "drop"]), default="defer", show_default=True,
                  help="relaxed: what becomes of late answers. drop: they count as zero, in every layer, as in HALO (for comparison)."),
-    click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True,
+    click.option("--max-lag", type=click.IntRange(0, MAX_LAG), default=8, show_default=True, metavar="K",
                  help="relaxed: how many syncs may lack a late answer before the root waits for it."),
-    click.option("--quality", type=Finite(0, 1), default=0.3, show_default=True,
+    click.option("--quality", type=Finite(0, 1), default=0.3, show_default=True, metavar="Q",
                  help="relaxed: the largest share of a token's work that may be inexact; of its importance, if the model is calibrated."),
-    click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True,
+    click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True, metavar="auto|MS",
                  help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
-    click.option("--kick-ms", type=Finite(0), default=1.0, show_default=True,
+    click.option("--kick-ms", type=Finite(0), default=1.0, show_default=True, metavar="MS",
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
-    click.option("--outage-ms", type=Finite(1), default=300.0, show_default=True,
+    click.option("--outage-ms", type=Finite(1), default=300.0, show_default=True, metavar="MS",
                  help="relaxed: how long a worker may be silent before the root goes on without it, if --quality allows."),
-    click.option("--takeover-ms", type=Finite(0), default=1000.0, show_default=True,
+    click.option("--takeover-ms", type=Finite(0), default=1000.0, show_default=True, metavar="MS",
                  help="How long a worker that must answer may be silent before others take its work over, and the token is computed again. "
                       "One whose process has ended is not waited for. 0: wait for ever."),
     click.option("--copies/--no-copies", default=True, show_default=True,
@@ -140,17 +144,36 @@ _OPTIONS = (
     click.option("--moves/--no-moves", default=True, show_default=True,
                  help="With --placement auto: work moves to other ranks while text flows, if a device or its link becomes slow or lossy, "
                       "and back when it recovers."),
-    click.option("--memory", type=Size(),
+    click.option("--memory", type=Size(), show_default="everything is held",
                  help="Most memory for weights and KV cache of one rank, e.g. 800M. Weights that it does not hold are read from disk at "
-                      "every token, ahead of their turn. Default: everything is held."),
+                      "every token, ahead of their turn."),
     click.option("--load-first", is_flag=True,
                  help="Read all weights before the first prompt, not while it is computed; for measurements."),
-    click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS",
-                 help="Threads of each rank. Default: OMP_NUM_THREADS, else the host's cores shared among its ranks."),
-    click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report of the run to this file."),
+    threads_option,
+    click.option("--json", "report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report of the run to this file."),
     click.option("--samples", is_flag=True, help="With --json: also the time of every token and every sync."),
     click.option("--verbose", is_flag=True, help="Show the workers' state while running, and a traceback if something fails."),
 )  # fmt: skip
+
+
+class RunCommand(click.Command):
+    """A command whose help lists its own options first, then those of `run_options`."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list] = {OWN: [], SYNC: [], RANKS: []}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                sections[_section(parameter)].append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _section(parameter: click.Parameter) -> str:
+    if parameter.name in {field.name for field in fields(SyncOptions)}:
+        return SYNC
+    is_own = parameter.required or parameter.name not in {field.name for field in fields(RunOptions)}
+    return OWN if is_own else RANKS
 
 
 def run_options(command: Callable) -> Callable:

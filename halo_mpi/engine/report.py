@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
 from halo_mpi import __version__
-from halo_mpi.engine.machine import machine_name, mpi_name
+from halo_mpi.engine.machine import machine_name
 from halo_mpi.engine.session import Session
 from halo_mpi.errors import HaloError
+from halo_mpi.versions import git_revision, mpi_name
 
 SCHEMA = 1
 
@@ -101,15 +101,3 @@ def write_report(path: Path, report: dict) -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise HaloError(f"cannot write the report {path}: {error.strerror}") from error
-
-
-def git_revision() -> str | None:
-    """The revision of the checkout that this program runs from, with a + if it was changed; None outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        ask = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

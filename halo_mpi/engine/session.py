@@ -20,7 +20,7 @@ from halo_mpi.engine import stage
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.last_words import device_of, last_words
-from halo_mpi.engine.machine import mpi_name, share_cores, survives_ends, this_machine
+from halo_mpi.engine.machine import share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions
@@ -42,6 +42,7 @@ from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from halo_mpi.schedule.memory import available_bytes, mebibytes
 from halo_mpi.schedule.placement import Disks
 from halo_mpi.store.reader import ModelStore
+from halo_mpi.versions import mpi_name
 from halo_mpi.wire.exchange import ROOT, broadcast, duplicate, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
