@@ -34,9 +34,20 @@ CLASS = {  # command: (class, on what it runs here, or why it does not)
     f'mpirun -x PATH -hostfile hostfiles/pis.txt {GENERATE} "Once upon a time"': (QUICK, "a tiny model, the boards are this computer"),
     f'python -m bench.lab run bench/scenarios/loss-2.toml -- {GENERATE} "Hi" --json report.json': (LONG, "a tiny model"),
     "halo-mpi plan --shape tinyllama --devices devices.json": (QUICK, "the devices that the document names"),
-}
+    f"launch/halo-mpirun -hostfile hostfiles/pis.txt {GENERATE} \"Why is the sky blue?\"".replace("--prompt", "--chat --prompt"):
+        (QUICK, "a tiny model, the boards are this computer"),
+    "launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo":
+        (QUICK, "a tiny model, the boards are this computer"),
+    "halo-mpi convert Model.gguf models/model.halo --dtype int4 --shards 8": (NOT_HERE, "the file is the reader's own"),
+    "bash launch/setup-pis.sh hostfiles/pis.txt models/smollm2-135m.halo": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
+    "bash launch/setup-pis.sh hostfiles/pis.txt models/model.halo --spread": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
+    "git clone ADDRESS-OF-THIS-REPOSITORY halo_mpi": (NOT_HERE, "a placeholder"),
+    "cd halo_mpi": (NOT_HERE, "the folder of the line before"),
+    **dict.fromkeys(["sudo apt-get update && sudo apt-get install -y git python3-venv rsync", "getconf LONG_BIT", "timedatectl",
+                     "sudo systemctl disable --now dphys-swapfile"], (NOT_HERE, "changes or asks the system of a board")),
+}  # fmt: skip
 OTHERS = {  # options of other programs
-    "--allow-run-as-root", "--map-by", "--mca", "--requeue", "--signal", "--with-ft",
+    "--allow-run-as-root", "--map-by", "--mca", "--now", "--requeue", "--show", "--signal", "--with-ft",
 }  # fmt: skip
 
 ALL = [block for document in DOCUMENTS for block in blocks(document)]
@@ -66,8 +77,10 @@ def options_of(module: str) -> frozenset[str]:
 
 @cache
 def launcher_options() -> frozenset[str]:
-    told = subprocess.run([sys.executable, ROOT / "launch" / "halo-mpirun", "--help"], capture_output=True, text=True, timeout=30)
-    return frozenset(re.findall(r"^  (--[a-z-]+)", told.stdout, re.M))
+    told = ""
+    for program in ("halo-mpirun", "pis.py"):
+        told += subprocess.run([sys.executable, ROOT / "launch" / program, "--help"], capture_output=True, text=True, timeout=30).stdout
+    return frozenset(re.findall(r"^  (--[a-z-]+)", told, re.M))
 
 
 def programs_in(command: str) -> dict[str, list[str]]:
@@ -151,7 +164,7 @@ def test_the_values_that_a_long_command_gives_are_taken(block: Block, command: s
 def test_options_named_alone_exist(document):
     ours = set().union(launcher_options(), *(options_of(f"halo_mpi.{name}") for name in (*LOCAL, *DISTRIBUTED)), options_of("bench.lab"))
     alone = {option for span in spans(document) if not is_command(span) for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
-    modules = {module for span in spans(document) for module in programs_in(span)}
+    modules = {module for span in spans(document) if "-m " in span or "halo-mpi " in span for module in programs_in(span)}
     assert alone - ours.union(OTHERS, *map(options_of, modules)) == set()
 
 
@@ -163,7 +176,7 @@ def test_files_and_modules_named_exist(document):
         for path in re.findall(r"(?<![\w./])(?:bench|docs|halo_mpi|hostfiles|launch|tests)/[\w./-]*[\w-]", span):
             assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^):]+)\)", read(document)):
-        assert ((ROOT / document).parent / link).exists(), link
+        assert ((ROOT / document).parent / link.partition("#")[0]).exists(), link
 
 
 def test_ci_runs_the_command_of_the_readme():
