@@ -334,6 +334,6 @@ def test_shell_scripts_are_clean():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.prefix, 'bin')}:{os.environ.get('PATH', '')}")
     if shellcheck is None:
         pytest.skip("there is no shellcheck")
-    scripts = sorted(ROOT.glob("launch/*.sh")) + [ROOT / ".ci" / "run"]
+    scripts = [*sorted(ROOT.glob("launch/*.sh")), *ROOT.glob("launch/slurm/*"), *ROOT.glob("launch/pbs/*"), ROOT / ".ci" / "run"]
     told = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout

@@ -41,6 +41,15 @@ CLASS = {  # command: (class, on what it runs here, or why it does not)
     "halo-mpi convert Model.gguf models/model.halo --dtype int4 --shards 8": (NOT_HERE, "the file is the reader's own"),
     "bash launch/setup-pis.sh hostfiles/pis.txt models/smollm2-135m.halo": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
     "bash launch/setup-pis.sh hostfiles/pis.txt models/model.halo --spread": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
+    **dict.fromkeys([
+        "sbatch --nodes=4 launch/slurm/generate.sbatch models/smollm2-135m.halo prompts.jsonl results.jsonl --max-tokens 200",
+        "sbatch --nodes=2 --array=1-8 launch/slurm/generate.sbatch models/smollm2-135m.halo prompts.jsonl results.jsonl",
+        "sbatch --nodes=4 launch/slurm/evaluate.sbatch models/smollm2-135m.halo text.txt report.json",
+        "bash sweep/submit.sh"], (NOT_HERE, "needs Slurm; tests/test_slurm_lab.py starts one")),
+    "qsub -v MODEL=models/smollm2-135m.halo,PROMPTS=prompts.jsonl,RESULTS=results.jsonl,WORK_S=3420 launch/pbs/generate.pbs":
+        (NOT_HERE, "needs PBS; tests/test_batch.py runs the script without"),
+    "python -m bench.jobs write bench/sweeps/scaling.toml sweep": (QUICK, ""),
+    "python -m bench.jobs table sweep": (QUICK, "of the line before"),
     "git clone ADDRESS-OF-THIS-REPOSITORY halo_mpi": (NOT_HERE, "a placeholder"),
     "cd halo_mpi": (NOT_HERE, "the folder of the line before"),
     **dict.fromkeys(["sudo apt-get update && sudo apt-get install -y git python3-venv rsync", "getconf LONG_BIT", "timedatectl",
