@@ -49,6 +49,7 @@ class SlurmLab:
 
     def __init__(self, lab: Lab, folder: Path):
         self._lab, self._folder, self._daemons = lab, folder, []
+        self._began = time.monotonic()
         hosts = list(lab.scenario.hosts)
         nodes = [f"NodeName={host} NodeAddr={lab.names.address(host)} CPUs=2 State=UNKNOWN" for host in hosts]
         for name in ("state", *(f"{kind}-{host}" for kind in ("spool", "tmp") for host in hosts)):
@@ -83,7 +84,9 @@ class SlurmLab:
 
     def submit(self, *words) -> str:
         """The job's number."""
-        return self.run("sbatch", "--parsable", *words).strip()
+        job = self.run("sbatch", "--parsable", *words).strip()
+        self._say(f"$ sbatch {' '.join(map(str, words))}\nSubmitted batch job {job}")
+        return job
 
     def state(self, job: str) -> str:
         shown = self.run("scontrol", "-o", "show", "job", job)
@@ -91,11 +94,20 @@ class SlurmLab:
 
     def end_of(self, job: str, most_s: float) -> str:
         """The state of a job that will not run again."""
-        deadline = time.monotonic() + most_s
-        while (state := self.state(job)) in ("PENDING", "RUNNING", "COMPLETING"):
+        deadline, known = time.monotonic() + most_s, ""
+        while True:
+            state = self.state(job)
+            if state != known:
+                self._say(f"job {job}: {state}")
+            if state not in ("PENDING", "RUNNING", "COMPLETING"):
+                return state
             assert time.monotonic() < deadline, f"{state} after {most_s:.0f} s"
+            known = state
             time.sleep(0.5)
-        return state
+
+    def _say(self, what: str) -> None:
+        """Part of the transcript, which `pytest -s` shows."""
+        print(f"{time.monotonic() - self._began:6.1f} s  {what}")
 
     @property
     def _environment(self) -> dict[str, str]:

@@ -55,8 +55,10 @@ def test_a_job_that_is_cut_off_and_then_runs_out_of_time_goes_on_where_it_was(sl
     assert slurm.end_of(cut_off, 200) == "TIMEOUT"
     first = texts(out)
     assert 0 < len(first) < 60, "it was done before its time was over"
+    print(f"{len(first)} of 60 texts are there")
     told = slurm.submit("--time=2", "--signal=B:TERM@90", *job)
     assert slurm.end_of(told, 500) == "COMPLETED", log.read_text()
+    print(f"{len(texts(out))} of 60 texts are there; the jobs' output:\n{log.read_text()}")
     assert "out of time; queued again" in log.read_text() and re.search(r"Restarts=[1-9]", slurm.run("scontrol", "-o", "show", "job", told))
     assert texts(out) == undisturbed(light, file, tmp_path, 120) and texts(out).items() >= first.items()
     assert not out.with_name("out.jsonl.checkpoint").exists()
