@@ -10,21 +10,22 @@ from halo_mpi import __version__
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, HaloError, describe
 
 LOCAL = ("convert", "inspect")  # one process
-DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan")  # one process per rank, under mpirun
+DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan", "doctor")  # one process per rank, under mpirun
+WITHOUT_MPI = {"plan": ("--devices",), "doctor": ("--hostfile", "--examine")}  # options with which they are local
 
 
 def is_local(name: str, arguments: list[str]) -> bool:
-    """Whether a command runs as one process; to plan for a file of devices is one that needs no MPI."""
-    return name in LOCAL or name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
+    """Whether a command runs as one process: to plan for a file of devices, or to look after the hosts of a file, needs no MPI."""
+    return name in LOCAL or any(argument.partition("=")[0] in WITHOUT_MPI.get(name, ()) for argument in arguments)
 
 
 def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
-    """Run a command of one process and exit; a failure is one line on standard error."""
+    """Run a command of one process and exit, with the code that it returns, if any; a failure is one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "--verbose" in arguments
     code, message = EXIT_DONE, ""
     try:
-        command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False)
+        code = command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False) or EXIT_DONE
     except click.exceptions.Abort:  # what click makes of Ctrl-C
         code, message = EXIT_INTERRUPTED, "interrupted"
     except click.ClickException as error:

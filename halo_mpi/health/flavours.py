@@ -27,12 +27,12 @@ def mpirun_version() -> str | None:
     return None
 
 
-def running(name: str, survives_ends: bool, ranks: int) -> Finding:
+def running(name: str, survives_ends: bool, hosts: int) -> Finding:
     """Of a job that has started. `name`: "Open MPI 5.0.11"; `survives_ends`: the others go on when a rank's process ends."""
     if survives_ends:
         return Finding("mpi", OK, f"{name}: goes on when a worker's process ends")
-    if ranks == 1:
-        return Finding("mpi", OK, f"{name}, one rank")
+    if hosts == 1:
+        return Finding("mpi", OK, f"{name}, on one host")
     says = f"{name}: a process that ends will end the job"
     if is_open_mpi_5(name):
         return Finding("mpi", WARNING, f"{says}, as mpirun was started", f"{LAUNCHER}, or give mpirun --with-ft ulfm")

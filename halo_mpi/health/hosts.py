@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def read_hosts(hostfile: Path, mpi: str) -> tuple[list[Named], list[Finding]]:
         before = named.get(host.name)
         named[host.name] = Named(host.name, host.slots + (before.slots if before else 0), is_here(host.name))
     found = [Finding("hostfile", OK, f"{hostfile}, in {kind}'s dialect: {len(named)} hosts, {sum(host.slots for host in hosts)} ranks")]
-    if not hosts[0].name or not named[hosts[0].name].here:
+    if not named[hosts[0].name].here:
         says = f"the first line names {hosts[0].name}, which is not this computer: rank 0 would run there"
         found.append(Finding("hostfile", ERROR, says, "start on that board, or put this one first: halo-mpirun and the text are here"))
     return list(named.values()), found
@@ -60,8 +61,10 @@ def read_hosts(hostfile: Path, mpi: str) -> tuple[list[Named], list[Finding]]:
 def ask(hosts: list[Named], ssh: str, words: list[str], most_s: float) -> tuple[list[Seen], list[Finding]]:
     """Let all of these hosts examine themselves at once, over ssh, with the words for doctor; who answered, and findings about the others.
 
-    `most_s`: seconds for all.
+    `most_s`: seconds for all. Raises UsageError if there is no such program.
     """
+    if hosts and not shutil.which((shlex.split(ssh) or [""])[0]):
+        raise UsageError(f"--ssh: there is no program {ssh!r}; `apt-get install openssh-client`, or name another one")
     answers: dict[str, Seen | Finding] = {}
     threads = [threading.Thread(target=lambda host=host: answers.update({host.name: _ask(host, ssh, words, most_s)}), daemon=True)
                for host in hosts]  # fmt: skip
@@ -86,7 +89,7 @@ def _ask(host: Named, ssh: str, words: list[str], most_s: float) -> Seen | Findi
     except subprocess.TimeoutExpired:
         return _down(host.name, f"did not answer in {most_s:.0f} s")
     except OSError as error:
-        raise UsageError(f"--ssh: {shlex.split(ssh)[0]} cannot be started: {error.strerror}") from None
+        return _down(host.name, f"could not be asked: {error.strerror}")
     end, last = time.time(), (done.stderr.strip().splitlines() or [""])[-1].strip()
     if done.returncode == SSH_FAILED:
         return _unreachable(host.name, ssh, last)

@@ -4,7 +4,7 @@ The root asks and the worker answers, in messages as long as a token's:
 
     E want ......   an answer of `want` bytes, which begins with the worker's clock, f64
     T addresses     the root's, JSON: tune connections to them; the answer is their number, JSON
-    C               segments sent, and sent again, JSON
+    C               segments sent, and sent again, by connection, JSON
     S alone         the end; whether MPI's own end would wait for somebody
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 from halo_mpi.health.talk import LONGEST_S, SilentError, Talk
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
-from halo_mpi.wire.sockets import number_of_connections, sent_segments, tune_sockets
+from halo_mpi.wire.sockets import sent_segments, tune_sockets
 
 MESSAGE_BYTES = 1168  # a token's at hidden 576 in f16
 WARM_UP, PINGS, PINGS_S = 16, 400, 2.0
@@ -35,7 +35,7 @@ TWO = "take Open MPI, and name the network that the hosts share: --mca btl_tcp_i
 
 @dataclass(slots=True)
 class Link:
-    """Of one worker. Rates are parts of all; those that cannot be told are None. `connections`: between the two hosts; 0 on one host."""
+    """Of one worker. Rates are parts of all; those that cannot be told are None. `connections`: TCP's, that messages go over; 0 on one host."""
 
     rank: int
     host: str
@@ -72,13 +72,13 @@ def measure(talk: Talk, host: str, here: set[str], there: set[str]) -> Link:
     after = _segments(talk, apart)
     p50, p99, most = (float(np.quantile(times, part)) for part in (0.5, 0.99, 1.0))
     late = float(np.mean(np.array(times) > LATE * p50 + LATE_MS))
-    (loss_there, lost), (loss_back, lost_back) = (_loss(*each) for each in zip(before, after))
+    (sent, lost), (sent_back, lost_back) = (_increase(*each) for each in zip(before, after))
     mbit = []
     for sizes in ((LONG_BYTES, MESSAGE_BYTES), (MESSAGE_BYTES, LONG_BYTES)):
         took_s = min(_echo(talk, *sizes)[0] for _ in range(LONG_TIMES))
         mbit.append(8e-6 * LONG_BYTES / max(1e-6, took_s - p50 / 1e3))
-    connections = number_of_connections(apart) if apart else 0
-    return Link(talk.peer, host, connections, p50, p99, most, late, loss_there, loss_back, lost + lost_back, *mbit, min(ahead)[1])
+    losses = (sum(lost) / max(1, sum(sent)) if sent else None for sent, lost in ((sent, lost), (sent_back, lost_back)))
+    return Link(talk.peer, host, len(sent), p50, p99, most, late, *losses, sum(lost + lost_back), *mbit, min(ahead)[1])
 
 
 def serve(talk: Talk, here: set[str]) -> bool:
@@ -98,7 +98,7 @@ def serve(talk: Talk, here: set[str]) -> bool:
                 tune_sockets(root)
             answer = b"null"
         elif kind == b"C":
-            answer = json.dumps(sent_segments(root) if root else (0, 0)).encode()
+            answer = json.dumps(sent_segments(root)).encode()
         else:
             answer = CLOCK.pack(time.time()).ljust(HEAD.unpack_from(message)[1], b".")
         talk.send(answer, ANSWER_S)
@@ -124,7 +124,9 @@ def judged(links: list[Link], syncs: int) -> list[Finding]:
     found = [finding for link in links for finding in _judged(link, syncs)]
     if links and not found:
         slowest = max(links, key=lambda link: link.rtt_p50_ms)
-        lost = "nothing lost" if any(link.loss_there is not None for link in links) else "losses are not told"
+        lost = "hardly anything lost" if any(link.lost for link in links) else "nothing lost"
+        if all(link.loss_there is None for link in links):
+            lost = "losses are not told" if any(link.connections for link in links) else "within one host"
         found.append(Finding("links", OK, f"round trips of {slowest.rtt_p50_ms:.2f} ms at most, {lost}"))
     return found
 
@@ -156,15 +158,15 @@ def _echo(talk: Talk, there: int, back: int) -> tuple[float, float]:
     return took_s, CLOCK.unpack_from(answer)[0] - clock - took_s / 2
 
 
-def _segments(talk: Talk, apart: set[str]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Segments sent, and sent again, by the root and by the worker."""
-    return sent_segments(apart) if apart else (0, 0), tuple(json.loads(_ask(talk, b"C")))
+def _segments(talk: Talk, apart: set[str]) -> tuple[dict, dict]:
+    """Segments sent, and sent again, by connection, of the root and of the worker."""
+    return sent_segments(apart), json.loads(_ask(talk, b"C"))
 
 
-def _loss(before: tuple[int, int], after: tuple[int, int]) -> tuple[float | None, int]:
-    """The part of packets that were lost, and how many."""
-    sent, lost = (after[at] - before[at] for at in (0, 1))
-    return (max(0, lost) / sent if sent > 0 else None), max(0, lost)
+def _increase(before: dict, after: dict) -> tuple[list[int], list[int]]:
+    """Of connections that were used in between: segments sent, and lost."""
+    used = [port for port in before if port in after and after[port][0] > before[port][0]]
+    return [after[port][0] - before[port][0] for port in used], [max(0, after[port][1] - before[port][1]) for port in used]
 
 
 def _ask(talk: Talk, message: bytes) -> bytearray:

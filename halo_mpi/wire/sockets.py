@@ -46,7 +46,10 @@ def ask_for_two_connections() -> None:
 
 def has_two_connections(peer: set[str]) -> bool:
     """Whether there are two of this process's TCP connections to a peer (its IP addresses). Both must have been used before."""
-    return number_of_connections(peer) > 1
+    found = list(_connections(peer))
+    for connection in found:
+        connection.close()
+    return len(found) > 1
 
 
 def tune_sockets(peers: set[str], old_kernel: bool = False) -> dict[str, bool]:
@@ -70,30 +73,23 @@ def accepted_options() -> dict[str, bool]:
         return {name: _set(connection, option, value) for name, (option, value) in OPTIONS.items()}
 
 
-def sent_segments(peer: set[str]) -> tuple[int, int]:
-    """Of this process's TCP connections to a peer (its IP addresses): segments with data that were sent, and how many of these were sent
-    again because a packet was lost; what was sent again for nothing, as the receiver told, does not count. (0, 0) where that is not told.
+def sent_segments(peer: set[str]) -> dict[str, tuple[int, int]]:
+    """Of this process's TCP connections to a peer (its IP addresses), by their own port: segments with data that were sent, and how many
+    of these were sent again because a packet was lost. What the receiver told was sent again for nothing does not count. Empty where
+    that is not told (before Linux 4.18).
     """
-    segments = again = 0
+    found = {}
     for connection in _connections(peer):
         with connection:
             try:
                 told = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, DSACKS_AT + 4)
+                port = connection.getsockname()[1]
             except OSError:
                 continue
-        if len(told) == DSACKS_AT + 4:  # Linux 4.18
-            sent, retransmitted, needless = (int.from_bytes(told[at : at + 4], sys.byteorder) for at in (SENT_AT, AGAIN_AT, DSACKS_AT))
-            segments += sent
-            again += max(0, retransmitted - needless)
-    return segments, again
-
-
-def number_of_connections(peer: set[str]) -> int:
-    """This process's TCP connections to a peer (its IP addresses)."""
-    found = list(_connections(peer))
-    for connection in found:
-        connection.close()
-    return len(found)
+        if len(told) == DSACKS_AT + 4:
+            sent, again, needless = (int.from_bytes(told[at : at + 4], sys.byteorder) for at in (SENT_AT, AGAIN_AT, DSACKS_AT))
+            found[str(port)] = sent, max(0, again - needless)
+    return found
 
 
 def _set(connection: socket.socket, option: int, value: int) -> bool:

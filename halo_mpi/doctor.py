@@ -1,0 +1,105 @@
+"""`python -m halo_mpi.doctor`: is this cluster ready for a run? Under mpirun, on one computer, or over ssh for the hosts of a hostfile."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import click
+
+from halo_mpi import __version__
+from halo_mpi.cli import is_local, run_local
+from halo_mpi.engine.launch import run_distributed
+from halo_mpi.engine.parting import Parting
+from halo_mpi.engine.stage import RANKS
+from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from halo_mpi.health.finding import ERROR, Finding
+from halo_mpi.health.hosts import DEFAULT_SSH
+
+EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor --model models/smollm2-135m.halo"
+
+
+@click.command(epilog=EXAMPLE)
+@click.option("--model", type=click.Path(path_type=Path), help="Look whether this model is on all hosts, and fits their memory.")
+@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="With --model: tokens that the KV cache must hold.")
+@click.option("--hostfile", type=click.Path(path_type=Path),
+              help="Without mpirun: ask the hosts of this file over ssh. It tells of those that are down, which mpirun only fails for; links "
+                   "are measured under mpirun.")  # fmt: skip
+@click.option("--ssh", default=DEFAULT_SSH, show_default=True, help="With --hostfile: what starts a command on a host, as SSH HOST COMMAND.")
+@click.option("--patience", "patience_s", type=click.FloatRange(1), default=30.0, show_default=True,
+              help="Seconds that hosts may take to examine themselves; who takes longer is reported as silent.")  # fmt: skip
+@click.option("--json", "wanted", is_flag=True, help="Print one JSON object.")
+@click.option("--examine", is_flag=True, hidden=True, help="Print what this host says of itself as JSON.")
+@click.option("--sysfs", type=click.Path(path_type=Path), default="/", hidden=True, help="Where the machine's sys and proc are.")
+@click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
+@click.pass_obj
+def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: str, patience_s: float, wanted: bool, examine: bool,
+           sysfs: Path, verbose: bool) -> Parting | int | None:  # fmt: skip
+    """Check a cluster before a run: MPI, versions, model, memory, clocks, heat, power, kernel, links. Says what is wrong, and what to do.
+
+    Exit code 0 if there are no errors (warnings do not count), 1 if there are, 2 after wrong use.
+    """
+    if examine or hostfile:
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # its version is known without starting it
+    from halo_mpi.health.examine import examine as examination
+
+    own = partial(examination, model, sysfs)
+    if examine:
+        click.echo(json.dumps(own()))
+        return None
+    if hostfile:
+        words = ["--sysfs", str(sysfs)] + (["--model", str(model)] if model else [])
+        return _tell(*_over_ssh(hostfile, ssh, patience_s, words, own, context), wanted)
+
+    from halo_mpi.engine.flavour import mpi_name, survives_ends
+    from halo_mpi.health import flavours, links, together
+    from halo_mpi.health.ranks import Ranks, answer
+
+    if comm.rank:
+        return Parting(alone=answer(comm, own))
+    ranks = Ranks(comm, own, patience_s)
+    findings = [flavours.running(mpi_name(), survives_ends(), len(ranks.hosts)), *ranks.findings]
+    findings += together.diagnose(ranks.hosts, ranks.order, context)
+    said = ranks.hosts[0].said["model"]
+    findings += links.judged(ranks.links, 2 * said["config"]["layers"] if said else 0)
+    code = _tell(findings, ranks.links, len(ranks.hosts), wanted)
+    return Parting(code, ranks.stop())
+
+
+def _over_ssh(hostfile: Path, ssh: str, most_s: float, words: list[str], own, context: int) -> tuple[list[Finding], list, int]:
+    """Findings, no links, and the number of hosts."""
+    from halo_mpi.health import flavours, hosts, together
+
+    if any(name in os.environ for name in RANKS):
+        raise UsageError("--hostfile is for a start without mpirun; with it, give the hostfile to mpirun")
+    mine = together.Seen("", own())
+    named, findings = hosts.read_hosts(hostfile, mine.said["mpi"])
+    findings.insert(0, flavours.installed(mine.said["mpi"], flavours.mpirun_version()))
+    if not named:
+        return findings, [], 0
+    here = next((host for host in named if host.here), None)
+    mine.host, mine.ranks = (here.name, here.slots) if here else (mine.said["host"], 0)
+    seen, silent = hosts.ask([host for host in named if host is not here], ssh, words, most_s)
+    findings += silent or [Finding("hosts", "ok", f"{len(named)} of {len(named)} answer")]
+    everybody = [mine, *seen]
+    return findings + together.diagnose(everybody, [each.host for each in everybody for _ in range(each.ranks)], context), [], len(everybody)
+
+
+def _tell(findings: list[Finding], links: list, hosts: int, wanted: bool) -> int:
+    """Print it; the exit code."""
+    from halo_mpi.health.shown import print_findings
+
+    errors = sum(finding.level == ERROR for finding in findings)
+    if wanted:
+        told = {"halo_mpi": __version__, "findings": [finding.to_dict() for finding in findings], "links": [link.to_dict() for link in links]}
+        click.echo(json.dumps({**told, "errors": errors}))
+    else:
+        print_findings(findings, links, hosts)
+    return EXIT_FAILED if errors else EXIT_DONE
+
+
+if __name__ == "__main__":
+    (run_local if is_local("doctor", sys.argv[1:]) else run_distributed)(doctor)
