@@ -165,8 +165,8 @@ def _segments(talk: Talk, apart: set[str]) -> tuple[dict, dict]:
 
 def _increase(before: dict, after: dict) -> tuple[list[int], list[int]]:
     """Of connections that were used in between: segments sent, and lost."""
-    used = [port for port in before if port in after and after[port][0] > before[port][0]]
-    return [after[port][0] - before[port][0] for port in used], [max(0, after[port][1] - before[port][1]) for port in used]
+    used = [each for each in before if each in after and after[each][0] > before[each][0]]
+    return [after[each][0] - before[each][0] for each in used], [max(0, after[each][1] - before[each][1]) for each in used]
 
 
 def _ask(talk: Talk, message: bytes) -> bytearray:

@@ -74,7 +74,7 @@ def accepted_options() -> dict[str, bool]:
 
 
 def sent_segments(peer: set[str]) -> dict[str, tuple[int, int]]:
-    """Of this process's TCP connections to a peer (its IP addresses), by their own port: segments with data that were sent, and how many
+    """Of this process's TCP connections to a peer (its IP addresses), by their ports: segments with data that were sent, and how many
     of these were sent again because a packet was lost. What the receiver told was sent again for nothing does not count. Empty where
     that is not told (before Linux 4.18).
     """
@@ -83,12 +83,12 @@ def sent_segments(peer: set[str]) -> dict[str, tuple[int, int]]:
         with connection:
             try:
                 told = connection.getsockopt(socket.IPPROTO_TCP, TCP_INFO, DSACKS_AT + 4)
-                port = connection.getsockname()[1]
+                ports = f"{connection.getsockname()[1]}-{connection.getpeername()[1]}"
             except OSError:
                 continue
         if len(told) == DSACKS_AT + 4:
             sent, again, needless = (int.from_bytes(told[at : at + 4], sys.byteorder) for at in (SENT_AT, AGAIN_AT, DSACKS_AT))
-            found[str(port)] = sent, max(0, again - needless)
+            found[ports] = sent, max(0, again - needless)
     return found
 
 
