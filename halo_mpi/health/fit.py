@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.choice import TILED, sizes_of
+from halo_mpi.model.kernels.choice import PROGRAM_BYTES, TILED, sizes_of
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.losses import most_lost
 from halo_mpi.schedule.memory import mebibytes
@@ -39,7 +39,7 @@ def fit(model: dict, places: list[Place], context: int) -> Finding:
     config = ModelConfig.from_dict(model["config"])
     context = min(context, config.context)
     work = Work.of(sizes_of(config, model["dtype"], model["down_dtype"]), context)
-    cluster = Cluster([place.device(_program_bytes(model["dtype"])) for place in places])
+    cluster = Cluster([place.device(PROGRAM_BYTES["llvm" if model["dtype"] in TILED else "reference"]) for place in places])
     usual = usual_shares(cluster, work)
     shares = usual.get("even")
     try:
@@ -58,11 +58,3 @@ def fit(model: dict, places: list[Place], context: int) -> Finding:
     if len(places) > 1:
         says += f"; {most_lost(cluster, work)} of {len(places) - 1} workers may be lost"
     return Finding("memory", OK, says)
-
-
-def _program_bytes(dtype: str) -> int:
-    if dtype in TILED:
-        from halo_mpi.model.kernels.llvm import Compiled as Kernel
-    else:
-        from halo_mpi.model.kernels.reference import Reference as Kernel
-    return Kernel.program_bytes
