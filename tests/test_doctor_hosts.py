@@ -20,7 +20,7 @@ dead) echo "ssh: connect to host dead port 22: No route to host" >&2; exit 255;;
 locked) echo "root@locked: Permission denied (publickey,password)." >&2; exit 255;;
 hung) exec sleep 30;;
 bare) echo "/bin/sh: 1: cd: can't cd to /srv/halo" >&2; exit 2;;
-old) exec sh -c "$(echo "$*" | sed s/-m.halo_mpi.doctor/-m.tests.programs.old_doctor/)";;
+old) exec sh -c "$(echo "$*" | sed s/halo_mpi.doctor/tests.programs.old_doctor/)";;
 *) exec sh -c "$*";;
 esac
 """

@@ -21,9 +21,10 @@ SINCE_START = 16
 
 
 def cooling(root: Path) -> list[Finding]:
-    """Findings about clock, temperature and power."""
+    """Findings about clock, temperature and, of boards that tell, power."""
     bits = _firmware(root)
-    return [_clock(root), _temperature(root, bits), _power(root, bits)]
+    power = _power(root, bits)
+    return [_clock(root), _temperature(root, bits), *([power] if power else [])]
 
 
 def _clock(root: Path) -> Finding:
@@ -74,14 +75,14 @@ def _slowed(root: Path) -> str | None:
     return None
 
 
-def _power(root: Path, bits: int | None) -> Finding:
+def _power(root: Path, bits: int | None) -> Finding | None:
     sensors = [file for file in (root / "sys/class/hwmon").glob("hwmon*/in0_lcrit_alarm") if _text(file.parent / "name") == "rpi_volt"]
     if (bits or 0) & UNDER_VOLTAGE or any(_number(file) for file in sensors):
         return Finding("power", WARNING, "under-voltage now: the board slows itself down, and may restart", SUPPLY)
     if (bits or 0) >> SINCE_START & UNDER_VOLTAGE:
         return Finding("power", WARNING, "under-voltage at times since it started", SUPPLY)
     if bits is None and not sensors:
-        return Finding("power", OK, "not told by this machine")
+        return None
     return Finding("power", OK, "no under-voltage since it started" if bits is not None else "no under-voltage")
 
 

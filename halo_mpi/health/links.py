@@ -17,6 +17,7 @@ import numpy as np
 
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 from halo_mpi.health.talk import LONGEST_S, SilentError, Talk
+from halo_mpi.schedule.advice import LATE_RATE
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.sockets import sent_segments, tune_sockets
 
@@ -27,7 +28,6 @@ ANSWER_S = 5.0
 HEAD, CLOCK = struct.Struct("<cxxxi"), struct.Struct("<d")
 SLOW_MS, SLOW_MBIT = 3.0, 40.0  # a token of 30 layers waits for 60 round trips; a prompt of 500 tokens is some MB
 LOSS, LEAST_LOST = 0.005, 3
-LATE_RATE = 0.02
 CABLE = "use a cable or another WiFi channel; generate sends twice and repairs, --sync relaxed goes on past late answers"
 TRAFFIC = "look for other traffic and programs, and WiFi's power saving: `sudo iw wlan0 set power_save off`"
 TWO = "take Open MPI, and name the network that the hosts share: --mca btl_tcp_if_include eth0"

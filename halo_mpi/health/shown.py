@@ -13,16 +13,19 @@ PIPE_WIDTH = 132  # of lines where nobody has a screen of some width
 
 
 def print_findings(findings: list[Finding], links: list[Link], hosts: int) -> None:
-    """A line for each finding, the same ones of several hosts together; a table of links; how many of what there are."""
+    """A line for each finding, the same ones of several hosts together; a table of links; how many of what there are.
+
+    `hosts`: how many answered.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, PIPE_WIDTH)
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for _ in range(3 if hosts > 1 else 2):
+    table, several = Table.grid(padding=(0, 2, 0, 0)), len({finding.host for finding in findings if finding.host}) > 1
+    for _ in range(3 if several else 2):
         table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for (level, check, says, do), where in _alike(findings).items():
-        named = ["all" if len(where) == hosts else escape(", ".join(where))] if hosts > 1 else []
+        named = ["all" if len(where) == hosts > 1 else escape(", ".join(where))] if several else []
         what = escape(says) + (f"\n-> {escape(do)}" if do else "")
         table.add_row(f"[{STYLES[level]}]{level}[/]", check, *named, what)
     console.print(table)
