@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from halo_mpi.engine.launch import run_distributed
 from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.stage import RANKS
 from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, UsageError
-from halo_mpi.health.finding import ERROR, Finding
+from halo_mpi.health.finding import ERROR, OK, Finding
 from halo_mpi.health.hosts import DEFAULT_SSH
 
 EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor --model models/smollm2-135m.halo"
@@ -22,11 +23,13 @@ EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor
 
 @click.command(epilog=EXAMPLE)
 @click.option("--model", type=click.Path(path_type=Path), help="Look whether this model is on all hosts, and fits their memory.")
-@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="With --model: tokens that the KV cache must hold.")
+@click.option("--context", type=click.IntRange(1), default=2048, show_default=True,
+              help="With --model: tokens that the KV cache must hold.")  # fmt: skip
 @click.option("--hostfile", type=click.Path(path_type=Path),
-              help="Without mpirun: ask the hosts of this file over ssh. It tells of those that are down, which mpirun only fails for; links "
+              help="Without mpirun: ask the hosts of this file over ssh. Tells of those that are down, for which mpirun only fails; links "
                    "are measured under mpirun.")  # fmt: skip
-@click.option("--ssh", default=DEFAULT_SSH, show_default=True, help="With --hostfile: what starts a command on a host, as SSH HOST COMMAND.")
+@click.option("--ssh", default=DEFAULT_SSH, show_default=True,
+              help="With --hostfile: what starts a command on a host, as SSH HOST COMMAND.")  # fmt: skip
 @click.option("--patience", "patience_s", type=click.FloatRange(1), default=30.0, show_default=True,
               help="Seconds that hosts may take to examine themselves; who takes longer is reported as silent.")  # fmt: skip
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object.")
@@ -52,7 +55,8 @@ def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: s
         return None
     if hostfile:
         words = ["--sysfs", str(sysfs)] + (["--model", str(model)] if model else [])
-        return _tell(*_over_ssh(hostfile, ssh, patience_s, words, own, context), wanted)
+        findings, hosts = _over_ssh(hostfile, ssh, patience_s, words, own, context)
+        return _tell(findings, [], hosts, wanted)
 
     from halo_mpi.engine.flavour import mpi_name, survives_ends
     from halo_mpi.health import flavours, links, together
@@ -61,7 +65,8 @@ def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: s
     if comm.rank:
         return Parting(alone=answer(comm, own))
     ranks = Ranks(comm, own, patience_s)
-    findings = [flavours.running(mpi_name(), survives_ends(), len(ranks.hosts)), *ranks.findings]
+    findings = flavours.apart(mpi_name(), comm.size, os.environ)
+    findings += [flavours.running(mpi_name(), survives_ends(), len(ranks.hosts)), *ranks.findings]
     findings += together.diagnose(ranks.hosts, ranks.order, context)
     said = ranks.hosts[0].said["model"]
     findings += links.judged(ranks.links, 2 * said["config"]["layers"] if said else 0)
@@ -69,23 +74,27 @@ def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: s
     return Parting(code, ranks.stop())
 
 
-def _over_ssh(hostfile: Path, ssh: str, most_s: float, words: list[str], own, context: int) -> tuple[list[Finding], list, int]:
-    """Findings, no links, and the number of hosts."""
+def _over_ssh(
+    hostfile: Path, ssh: str, most_s: float, words: list[str], own: Callable[[], dict], context: int
+) -> tuple[list[Finding], int]:
+    """Findings, and the number of hosts that answered. `words`: options for doctor there; `own`: this computer's examination."""
     from halo_mpi.health import flavours, hosts, together
 
     if any(name in os.environ for name in RANKS):
         raise UsageError("--hostfile is for a start without mpirun; with it, give the hostfile to mpirun")
     mine = together.Seen("", own())
     named, findings = hosts.read_hosts(hostfile, mine.said["mpi"])
-    findings.insert(0, flavours.installed(mine.said["mpi"], flavours.mpirun_version()))
+    if mine.said["mpi"]:
+        findings.insert(0, flavours.installed(mine.said["mpi"], flavours.mpirun_version()))
     if not named:
-        return findings, [], 0
+        return findings, 0
     here = next((host for host in named if host.here), None)
     mine.host, mine.ranks = (here.name, here.slots) if here else (mine.said["host"], 0)
     seen, silent = hosts.ask([host for host in named if host is not here], ssh, words, most_s)
-    findings += silent or [Finding("hosts", "ok", f"{len(named)} of {len(named)} answer")]
+    findings += silent or [Finding("hosts", OK, f"{len(named)} of {len(named)} answer")]
     everybody = [mine, *seen]
-    return findings + together.diagnose(everybody, [each.host for each in everybody for _ in range(each.ranks)], context), [], len(everybody)
+    order = [each.host for each in everybody for _ in range(each.ranks)]
+    return findings + together.diagnose(everybody, order, context), len(everybody)
 
 
 def _tell(findings: list[Finding], links: list, hosts: int, wanted: bool) -> int:
@@ -94,7 +103,11 @@ def _tell(findings: list[Finding], links: list, hosts: int, wanted: bool) -> int
 
     errors = sum(finding.level == ERROR for finding in findings)
     if wanted:
-        told = {"halo_mpi": __version__, "findings": [finding.to_dict() for finding in findings], "links": [link.to_dict() for link in links]}
+        told = {
+            "halo_mpi": __version__,
+            "findings": [finding.to_dict() for finding in findings],
+            "links": [link.to_dict() for link in links],
+        }
         click.echo(json.dumps({**told, "errors": errors}))
     else:
         print_findings(findings, links, hosts)

@@ -13,10 +13,11 @@ def pi(folder: Path, mhz: int = 1800, most: int = 1800, governor: str = "ondeman
     }.items():  # fmt: skip
         write(clock / name, value)
     write(folder / "sys/class/thermal/thermal_zone0/temp", round(degrees * 1000))
-    write(folder / "proc/meminfo", f"MemTotal: 4000000 kB\nSwapTotal: {swap_mib[0] * 1024} kB\nSwapFree: {(swap_mib[0] - swap_mib[1]) * 1024} kB")
+    total, free = swap_mib[0] * 1024, (swap_mib[0] - swap_mib[1]) * 1024
+    write(folder / "proc/meminfo", f"MemTotal: 4000000 kB\nSwapTotal: {total} kB\nSwapFree: {free} kB")
     if throttled is not None:
         program = folder / "usr/bin/vcgencmd"
-        write(program, f"#!/bin/sh\n[ \"$1\" = get_throttled ] && echo throttled={throttled:#x}")
+        write(program, f'#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled={throttled:#x}')
         program.chmod(0o755)
     return folder
 

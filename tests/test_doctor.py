@@ -38,12 +38,12 @@ def finding(report, check, host):
 
 @pytest.fixture
 def doctor_with(tmp_path):
-    """Runs doctor on three hosts with these settings, by host; the report."""
+    """Runs doctor on some hosts with these settings, by host; the report."""
 
-    def run_it(settings, *arguments, code):
+    def run_it(settings, *arguments, code, ranks=3):
         file = tmp_path / "settings.json"
         file.write_text(json.dumps(settings))
-        return told(finish(start(3, DOCTOR_WITH, file, "--json", *arguments), 50), code)
+        return told(finish(start(ranks, DOCTOR_WITH, file, "--json", *arguments), 50), code)
 
     return run_it
 
@@ -52,7 +52,9 @@ def doctor_with(tmp_path):
 def test_a_computer_with_nothing_wrong_has_no_errors(tiny, ranks):
     report = told(halo(ranks, "doctor", "--model", tiny, "--json"), 0)
     assert report["errors"] == 0 and "error" not in levels(report).values()
-    assert {"mpi", "version", "libraries", "model", "shards", "memory", "clock", "swap", "sockets"} <= {check for check, _ in levels(report)}
+    assert {"mpi", "version", "libraries", "model", "shards", "memory", "clock", "swap", "sockets"} <= {
+        check for check, _ in levels(report)
+    }
     assert [link["rank"] for link in report["links"]] == list(range(1, ranks))
     assert all(0 < link["rtt_p50_ms"] < 50 and link["mbit_there"] > 10 and link["connections"] == 0 for link in report["links"])
 
@@ -72,7 +74,11 @@ def test_what_differs_between_hosts_is_found_and_explained(doctor_with, tiny, tm
     report = doctor_with(settings, code=0)
     shards, cooling, power = (finding(report, *where) for where in (("shards", "pi2"), ("cooling", "pi3"), ("power", "pi3")))
     assert shards["level"] == "warning" and "shard-01.h5" in shards["says"] and "copy" in shards["do"]
-    assert cooling["level"] == "warning" and "throttled at times since it started, 84 °C" in cooling["says"] and "fan" in cooling["do"]
+    assert (
+        cooling["level"] == "warning"
+        and "throttled at times since it started, 84 °C" in cooling["says"]
+        and "fan" in cooling["do"]
+    )
     assert power["level"] == "warning" and "under-voltage now" in power["says"] and "power supply" in power["do"]
     assert levels(report)["hosts", ""] == levels(report)["version", ""] == levels(report)["model", ""] == "ok"
 
@@ -90,12 +96,13 @@ def test_another_version_and_an_absent_model_are_errors(doctor_with, tiny, tmp_p
     assert report["errors"] == 2 and len(report["links"]) == 2
 
 
-def test_a_silent_rank_is_named_and_holds_nobody_up(doctor_with, tiny):
-    begin = time.monotonic()
-    report = doctor_with({"pi2": {"silent": True}}, "--patience", "2", code=1)
+def test_silent_ranks_are_named_and_hold_nobody_up(doctor_with):
+    begin, silent = time.monotonic(), {"silent": True}
+    report = doctor_with({"pi2": silent, "pi3": silent}, "--patience", "2", code=1, ranks=4)
     assert time.monotonic() - begin < 20
-    assert finding(report, "hosts", "rank 1")["says"] == "rank 1 did not answer for 2 s"
-    assert [link["host"] for link in report["links"]] == ["pi3"], "the others are looked at all the same"
+    for rank in (1, 2):
+        assert finding(report, "hosts", f"rank {rank}")["says"] == f"rank {rank} did not answer for 2 s"
+    assert [link["host"] for link in report["links"]] == ["pi4"], "the others are looked at all the same"
 
 
 def test_wrong_use_is_one_line_and_code_2():

@@ -10,13 +10,13 @@ from halo_mpi.health import cooling as health_cooling
 from halo_mpi.health.cooling import cooling
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 from halo_mpi.health.fit import Place, fit
+from halo_mpi.health.flavours import apart, installed, running
 from halo_mpi.health.kernel import judged
 from halo_mpi.health.limits import limits
 from halo_mpi.health.models import compared, model
 from halo_mpi.health.software import compared as software_compared
 from halo_mpi.health.software import software
 from halo_mpi.health.together import Seen, diagnose
-from halo_mpi.health.flavours import installed, running
 from halo_mpi.wire.sockets import accepted_options, sent_segments, tune_sockets
 from tests.pis import pi, write
 
@@ -49,7 +49,12 @@ def test_a_cool_pi_with_a_good_supply_is_fine(tmp_path):
         ({"throttled": None, "degrees": 81.0}, "cooling", "81 °C, at which boards throttle", "fan"),
         ({"throttled": 0x50005}, "power", "under-voltage now", "power supply"),
         ({"throttled": 0x50000}, "power", "under-voltage at times since it started", "power supply"),
-        ({"mhz": 600, "governor": "powersave"}, "clock", "600 of 1800 MHz while computing (governor powersave)", "scaling_governor"),
+        (
+            {"mhz": 600, "governor": "powersave"},
+            "clock",
+            "600 of 1800 MHz while computing (governor powersave)",
+            "scaling_governor",
+        ),
         ({"mhz": 1000}, "clock", "1000 of 1800 MHz while computing (governor ondemand)", "heat"),
         ({"mhz": 600, "allowed": 600}, "clock", "limited to 600 of 1800 MHz", "lift the limit"),
         ({"swap_mib": (200, 120)}, "swap", "120 of 200 MiB in use", "swapoff"),
@@ -124,7 +129,9 @@ def test_another_version_or_other_libraries_are_told():
         "pi2": {**own, "halo_mpi": "0.0.9"}, "pi3": {**own, "numpy": "2.0.0"}, "pi4": {**own, "sources": "0" * 12}, "pi5": {},
     }  # fmt: skip
     found = {finding.host: finding for finding in software_compared({"pi1": own, **others})}
-    assert found["pi2"].level == ERROR and f"halo_mpi 0.0.9, protocol {own['protocol']}, but {own['halo_mpi']}" in found["pi2"].says
+    assert (
+        found["pi2"].level == ERROR and f"halo_mpi 0.0.9, protocol {own['protocol']}, but {own['halo_mpi']}" in found["pi2"].says
+    )
     assert found["pi3"].level == WARNING and f"numpy 2.0.0 (not {own['numpy']})" in found["pi3"].says
     assert found["pi4"].level == WARNING and "other source files" in found["pi4"].says
     assert found["pi5"].level == ERROR
@@ -164,6 +171,12 @@ def test_what_mpi_survives_is_told():
     assert installed("Open MPI 4.1.6", "Open MPI 4.1.6").level == WARNING
     assert installed("MPICH 4.2.0", "Open MPI 5.0.11").level == ERROR
     assert installed("Open MPI 5.0.11", None).level == ERROR
+
+
+def test_ranks_that_another_mpis_mpirun_has_started_are_told():
+    assert apart("Open MPI 5.0.11", 4, {"OMPI_COMM_WORLD_SIZE": "4"}) == apart("Open MPI 5.0.11", 1, {}) == []
+    (alone,) = apart("Open MPI 5.0.11", 1, {"PMI_SIZE": "4"})
+    assert alone.level == ERROR and "4 ranks" in alone.says and "halo-mpirun" in alone.do
 
 
 def test_clocks_that_differ_are_told():

@@ -58,12 +58,16 @@ def _temperature(root: Path, bits: int | None) -> Finding:
         if what:
             return Finding("cooling", WARNING, f"{what} {when}{f', {degrees}' if degrees else ''}", COOL)
     if (state := _slowed(root)) is not None:
-        return Finding("cooling", WARNING, f"Linux slows its processor down for heat ({state}{f', {degrees}' if degrees else ''})", COOL)
+        return Finding(
+            "cooling", WARNING, f"Linux slows its processor down for heat ({state}{f', {degrees}' if degrees else ''})", COOL
+        )
     if hottest is not None and hottest >= HOT_C:
         return Finding("cooling", WARNING, f"{degrees}, at which boards throttle", COOL)
     if hottest is None and bits is None:
         return Finding("cooling", OK, "not told by this machine")
-    return Finding("cooling", OK, "not throttled" if hottest is None else f"below {int(hottest) // 10 * 10 + 10} °C, not throttled")
+    return Finding(
+        "cooling", OK, "not throttled" if hottest is None else f"below {int(hottest) // 10 * 10 + 10} °C, not throttled"
+    )
 
 
 def _slowed(root: Path) -> str | None:
@@ -76,7 +80,9 @@ def _slowed(root: Path) -> str | None:
 
 
 def _power(root: Path, bits: int | None) -> Finding | None:
-    sensors = [file for file in (root / "sys/class/hwmon").glob("hwmon*/in0_lcrit_alarm") if _text(file.parent / "name") == "rpi_volt"]
+    sensors = [
+        file for file in (root / "sys/class/hwmon").glob("hwmon*/in0_lcrit_alarm") if _text(file.parent / "name") == "rpi_volt"
+    ]
     if (bits or 0) & UNDER_VOLTAGE or any(_number(file) for file in sensors):
         return Finding("power", WARNING, "under-voltage now: the board slows itself down, and may restart", SUPPLY)
     if (bits or 0) >> SINCE_START & UNDER_VOLTAGE:

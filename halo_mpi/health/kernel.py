@@ -15,7 +15,9 @@ def kernel() -> Finding:
     try:
         accepted = accepted_options()
     except OSError as error:
-        return Finding("sockets", WARNING, f"no connection could be tried ({error.strerror})", "look whether the loopback interface is up")
+        return Finding(
+            "sockets", WARNING, f"no connection could be tried ({error.strerror})", "look whether the loopback interface is up"
+        )
     return judged(accepted, link_routes(), platform.release())
 
 
@@ -29,13 +31,17 @@ def judged(accepted: dict[str, bool], routes: list[str], release: str) -> Findin
         return Finding("sockets", OK, f"tuned by routes (Linux {release} refuses {', '.join(refused)})")
     says = f"Linux {release} refuses {', '.join(refused)}: a packet lost with its copy takes 0.2 s or more"
     route = untuned[0] if untuned else "NET dev IF"
-    return Finding("sockets", WARNING, says, f"run `sudo ip route change {route} rto_min 5ms quickack 1`, at every start, or take Linux 6.15")
+    return Finding(
+        "sockets", WARNING, says, f"run `sudo ip route change {route} rto_min 5ms quickack 1`, at every start, or take Linux 6.15"
+    )
 
 
 def link_routes() -> list[str]:
     """The routes to the networks that this host is in; none where there is no `ip`."""
     try:
-        told = subprocess.run(["ip", "-o", "-4", "route", "show", "scope", "link"], capture_output=True, text=True, timeout=SECONDS)
+        told = subprocess.run(
+            ["ip", "-o", "-4", "route", "show", "scope", "link"], capture_output=True, text=True, timeout=SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [" ".join(line.split()) for line in told.stdout.splitlines() if " linkdown" not in line]

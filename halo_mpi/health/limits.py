@@ -9,6 +9,8 @@ from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 
 FILES = 256  # enough for 60 ranks: two connections each, their libraries and the model's files
 TEMPORARY = 64 * 2**20  # bytes; MPI keeps its sessions there, and local ranks their shared memory
+EMPTY = "end other programs, or take a smaller --memory; `sudo swapoff -a && sudo swapon -a` empties it"
+ROOM = "free some room there, or set TMPDIR"
 SWAPPED = 32 * 2**20  # bytes in use that are worth a word
 
 
@@ -29,7 +31,7 @@ def _swap(root: Path) -> Finding:
         return Finding("swap", OK, "not told by this machine")
     if used >= SWAPPED:
         says = f"{used / 2**20:.0f} of {total / 2**20:.0f} MiB in use: what lies there is read from disk again, and all ranks wait for it"
-        return Finding("swap", WARNING, says, "end other programs; `sudo swapoff -a && sudo swapon -a` empties it; take a smaller --memory")
+        return Finding("swap", WARNING, says, EMPTY)
     return Finding("swap", OK, "none in use" if total else "none")
 
 
@@ -37,7 +39,8 @@ def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= FILES:
         return Finding("files", OK, f"{FILES} or more may be open")
-    do = f"run `ulimit -n {FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)}` before, or raise nofile in /etc/security/limits.conf"
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    do = f"run `ulimit -n {most}` before, or raise nofile in /etc/security/limits.conf"
     return Finding("files", WARNING, f"only {soft} files may be open, connections included", do)
 
 
@@ -47,7 +50,7 @@ def _temporary(folder: Path) -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Finding("disk", ERROR, f"{folder} cannot be written ({error.strerror}); MPI does not start", "free some room there, or set TMPDIR")
+        return Finding("disk", ERROR, f"{folder} cannot be written ({error.strerror}), and MPI not start", ROOM)
     if free < TEMPORARY:
-        return Finding("disk", WARNING, f"{free / 2**20:.0f} MiB are left in {folder}", "free some room there, or set TMPDIR")
+        return Finding("disk", WARNING, f"{free / 2**20:.0f} MiB are left in {folder}", ROOM)
     return Finding("disk", OK, f"room in {folder}")

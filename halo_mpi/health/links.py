@@ -35,7 +35,7 @@ TWO = "take Open MPI, and name the network that the hosts share: --mca btl_tcp_i
 
 @dataclass(slots=True)
 class Link:
-    """Of one worker. Rates are parts of all; those that cannot be told are None. `connections`: TCP's, that messages go over; 0 on one host."""
+    """Of one worker. Rates are parts of all, None where that is not told; `connections`: TCP's, that messages go over; 0 on one host."""
 
     rank: int
     host: str
@@ -116,7 +116,9 @@ def say_stop(talks: list[Talk], alone: bool) -> None:
 def silent(rank: int, host: str, why: str) -> Finding:
     """A worker did not answer."""
     says = f"rank {rank} {why}"
-    return Finding("hosts", ERROR, says, "look whether the board is up and its network works; try `halo-mpi doctor --hostfile FILE`", host)
+    return Finding(
+        "hosts", ERROR, says, "look whether the board is up and its network works; try `halo-mpi doctor --hostfile FILE`", host
+    )
 
 
 def judged(links: list[Link], syncs: int) -> list[Finding]:

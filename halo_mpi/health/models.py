@@ -53,7 +53,11 @@ def _shards(facts: dict[str, dict]) -> list[Finding]:
     every = set(range(next(iter(facts.values()))["of"]))
     missing = {host: sorted(every - set(own["shards"])) for host, own in facts.items()}
     nowhere = set.intersection(*map(set, missing.values()))
-    found = [Finding("shards", ERROR, f"{_files(sorted(nowhere))} on no host", "copy it from where the model was converted")] if nowhere else []
+    found = []
+    if nowhere:
+        found.append(
+            Finding("shards", ERROR, f"{_files(sorted(nowhere))} on no host", "copy it from where the model was converted")
+        )
     for host, lacking in missing.items():
         if lacking:
             says = f"no {_files(lacking)}: it computes only from its other shards, and takes over nothing of these"

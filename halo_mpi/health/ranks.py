@@ -36,12 +36,11 @@ class Ranks:
         sharpen_timers()
         self.findings: list[Finding] = []
         self._talks = [Talk(comm, rank) for rank in range(comm.size) if rank != ROOT]
-        until = time.monotonic() + most_s
+        begin = time.perf_counter()
         self._machines = {ROOT: this_machine()}
-        self._ask(lambda talk: self._machines.update({talk.peer: talk.receive(max(0.0, until - time.monotonic())).decode()}))
+        self._ask(lambda talk: self._machines.update({talk.peer: talk.receive(most_s, begin).decode()}))
         said = {ROOT: examination()}
-        until = max(until, time.monotonic() + 1)
-        self._ask(lambda talk: said.update({talk.peer: json.loads(talk.receive(max(0.0, until - time.monotonic())))}))
+        self._ask(lambda talk: said.update({talk.peer: json.loads(talk.receive(most_s, begin))}))
         self._said = said
         by_host: dict[str, Seen] = {}
         for rank in sorted(said):
@@ -52,7 +51,9 @@ class Ranks:
                 by_host[host] = Seen(host, said[rank])
         self.hosts, self.order = list(by_host.values()), [self._label(rank) for rank in sorted(said)]
         if not self.findings and comm.size > 1:
-            self.findings.append(Finding("hosts", OK, f"{comm.size} ranks on {len(self.hosts)} host{'s' * (len(self.hosts) > 1)} answer"))
+            self.findings.append(
+                Finding("hosts", OK, f"{comm.size} ranks on {len(self.hosts)} host{'s' * (len(self.hosts) > 1)} answer")
+            )
         self.links: list[Link] = []
         self._ask(self._measure)
 

@@ -54,7 +54,19 @@ def _alike(findings: list[Finding]) -> dict[tuple[str, str, str, str], list[str]
 
 def _links(links: list[Link]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))  # all columns in 80
-    columns = ("rank", "host", "round\ntrip ms", "p99", "max", "late", "lost\nthere", "\nback", "Mbit/s\nthere", "\nback", "conn.")
+    columns = (
+        "rank",
+        "host",
+        "round\ntrip ms",
+        "p99",
+        "max",
+        "late",
+        "lost\nthere",
+        "\nback",
+        "Mbit/s\nthere",
+        "\nback",
+        "conn.",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "host" else "right", no_wrap=True, max_width=NAME_WIDTH)
     for link in links:

@@ -53,7 +53,9 @@ def _difference(first: str, own: dict[str, str], host: str, other: dict[str, str
     found = []
     if own["sources"] != other.get("sources"):
         found.append(Finding("version", WARNING, f"the same version as on {first}, but other source files", SAME, host))
-    differing = [f"{name} {other.get(name) or 'none'} (not {own[name]})" for name in ("Python", *LIBRARIES) if other.get(name) != own[name]]
+    differing = [
+        f"{name} {other.get(name) or 'none'} (not {own[name]})" for name in ("Python", *LIBRARIES) if other.get(name) != own[name]
+    ]
     if differing:
         found.append(Finding("libraries", WARNING, f"other than on {first}: {', '.join(differing)}", SAME, host))
     return found

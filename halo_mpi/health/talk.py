@@ -1,11 +1,14 @@
 """Messages between the root and one worker, none of which is waited for for ever."""
 
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from mpi4py import MPI
 
 from halo_mpi.wire.polling import Waiter
 
+T = TypeVar("T")
 TAG = 11  # engine and exchange have others
 LONGEST_S = 300.0  # so long a worker waits for the root, which talks with one after the other
 
@@ -25,12 +28,12 @@ class Talk:
         # A persistent send, as the engine's: Open MPI's Isend takes the same one of two connections every time.
         request = self._guarded(lambda: self._comm.Send_init([data, MPI.BYTE], self.peer, TAG))
         self._guarded(request.Start)
-        self._until(request.Test, most_s)
+        self._until(request.Test, most_s, time.perf_counter())
         request.Free()
 
-    def receive(self, most_s: float) -> bytearray:
-        """The next message. Raises SilentError if there is none within `most_s` seconds."""
-        status, found = MPI.Status(), []
+    def receive(self, most_s: float, since: float | None = None) -> bytearray:
+        """The next message. Raises SilentError if there is none within `most_s` seconds from now, or from `since` (perf_counter) on."""
+        status, found, since = MPI.Status(), [], time.perf_counter() if since is None else since
 
         def came() -> bool:
             message = self._comm.Improbe(self.peer, TAG, status)
@@ -38,22 +41,20 @@ class Talk:
                 found.append(message)
             return bool(found)
 
-        until = time.perf_counter() + most_s
-        self._until(came, most_s)
+        self._until(came, most_s, since)
         data = bytearray(status.Get_count(MPI.BYTE))
         request = self._guarded(lambda: found[0].Irecv([data, MPI.BYTE]))
-        self._until(request.Test, max(0.1, until - time.perf_counter()))
+        self._until(request.Test, most_s, time.perf_counter())
         return data
 
-    def _until(self, done, most_s: float) -> None:
+    def _until(self, done: Callable[[], bool], most_s: float, since: float) -> None:
         self._waiter.heard()
-        until = time.perf_counter() + most_s
         while not self._guarded(done):
-            if time.perf_counter() > until:
+            if time.perf_counter() > since + most_s:
                 raise SilentError(f"did not answer for {most_s:.0f} s")
             self._waiter.wait()
 
-    def _guarded(self, step):
+    def _guarded(self, step: Callable[[], T]) -> T:
         try:
             return step()
         except MPI.Exception:  # with ULFM: its process is gone

@@ -33,8 +33,8 @@ def diagnose(hosts: list[Seen], order: list[str], context: int) -> list[Finding]
     found += [finding for finding in said if finding.check == "model"] + models.compared(facts)
     if facts.get(hosts[0].host):
         places = {seen.host: _place(seen) for seen in alike if seen.said["model"]}
-        here = [places[host] for host in order if host in places]
-        found.append(fit(facts[hosts[0].host], here, context))
+        if here := [places[host] for host in order if host in places]:
+            found.append(fit(facts[hosts[0].host], here, context))
     found += [finding for finding in said if finding.check != "model"]
     return found + _clocks(hosts)
 
@@ -47,8 +47,9 @@ def _place(seen: Seen) -> Place:
 def _clocks(hosts: list[Seen]) -> list[Finding]:
     apart = [seen for seen in hosts if abs(seen.ahead_s) > APART_S]
     do = "run `sudo timedatectl set-ntp true` there; dates in logs and files mislead until then"
-    found = [
-        Finding("time", WARNING, f"its clock is {abs(seen.ahead_s):.0f} s {'ahead of' if seen.ahead_s > 0 else 'behind'} {hosts[0].host}'s", do, seen.host)
-        for seen in apart
-    ]
+    found = []
+    for seen in apart:
+        where = "ahead of" if seen.ahead_s > 0 else "behind"
+        says = f"its clock is {abs(seen.ahead_s):.0f} s {where} {hosts[0].host}'s"
+        found.append(Finding("time", WARNING, says, do, seen.host))
     return found or ([Finding("time", OK, f"clocks agree to {APART_S:.0f} s")] if len(hosts) > 1 else [])

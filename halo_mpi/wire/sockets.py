@@ -69,7 +69,10 @@ def tune_sockets(peers: set[str], old_kernel: bool = False) -> dict[str, bool]:
 
 def accepted_options() -> dict[str, bool]:
     """Which of the options this kernel accepts, by trying them on a connection within this process."""
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5) as connection:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname(), timeout=5) as connection,
+    ):
         return {name: _set(connection, option, value) for name, (option, value) in OPTIONS.items()}
 
 
