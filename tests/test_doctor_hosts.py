@@ -17,6 +17,7 @@ host=$1
 shift
 case $host in
 dead) echo "ssh: connect to host dead port 22: No route to host" >&2; exit 255;;
+unknown) echo "ssh: Could not resolve hostname unknown: Name or service not known" >&2; exit 255;;
 locked) echo "root@locked: Permission denied (publickey,password)." >&2; exit 255;;
 hung) exec sleep 30;;
 bare) echo "/bin/sh: 1: cd: can't cd to /srv/halo" >&2; exit 2;;
@@ -62,14 +63,15 @@ def test_hosts_that_answer_examine_themselves(doctor, tiny):
 
 
 def test_a_host_that_is_down_refuses_or_hangs_is_told_with_what_to_do(doctor):
-    names = ("localhost", "dead", "locked", "hung", "bare", "board-a")
+    names = ("localhost", "dead", "unknown", "locked", "hung", "bare", "board-a")
     findings = doctor(*map(line, names), code=1, arguments=["--patience", "4"])
-    told = {name: of(findings, "hosts", name) for name in names[1:5]}
+    told = {name: of(findings, "hosts", name) for name in names[1:6]}
     assert {each["level"] for each in told.values()} == {"error"}
     assert "Permission denied" in told["locked"]["says"] and "ssh-copy-id locked" in told["locked"]["do"]
     assert told["hung"]["says"] == "did not answer in 4 s" and "power" in told["hung"]["do"]
     assert "can't cd to" in told["bare"]["says"] and "quickstart.sh" in told["bare"]["do"]
-    assert "no computer of this name" in told["dead"]["says"] or "No route to host" in told["dead"]["says"]
+    assert "No route to host" in told["dead"]["says"] and "# before its line" in told["dead"]["do"]
+    assert told["unknown"]["says"] == "no computer of this name is known here" and "/etc/hosts" in told["unknown"]["do"]
     assert of(findings, "clock", "board-a"), "the others are looked at all the same"
 
 

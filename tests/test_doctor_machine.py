@@ -13,7 +13,10 @@ from halo_mpi.health.fit import Place, fit
 from halo_mpi.health.flavours import apart, installed, running
 from halo_mpi.health.kernel import judged
 from halo_mpi.health.limits import limits
+from halo_mpi.health.links import Link
+from halo_mpi.health.links import judged as judged_links
 from halo_mpi.health.models import compared, model
+from halo_mpi.health.shown import print_findings
 from halo_mpi.health.software import compared as software_compared
 from halo_mpi.health.software import software
 from halo_mpi.health.together import Seen, diagnose
@@ -184,3 +187,36 @@ def test_clocks_that_differ_are_told():
     hosts = [Seen("pi1", said), Seen("pi2", said, ahead_s=-40.0), Seen("pi3", said, ahead_s=0.5)]
     found = of(diagnose(hosts, ["pi1", "pi2", "pi3"], 512), "time")
     assert (found.level, found.host) == (WARNING, "pi2") and "40 s behind pi1's" in found.says and "set-ntp" in found.do
+
+
+def test_people_see_what_hosts_have_in_common_once_and_what_is_wrong_last(capsys):
+    findings = [
+        Finding("clock", WARNING, "600 of 1800 MHz", "raise it", "pi1"),
+        *(Finding("swap", OK, "none", host=f"pi{number}") for number in (1, 2)),
+        Finding("version", ERROR, "another one", "install it", "pi2"),
+    ]
+    link = Link(1, "pi2", 2, 0.4, 1.5, 9.0, 0.01, 0.02, None, 8, 93.0, 94.0, 0.0)
+    print_findings(findings, [link], 2)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert (
+        lines[0] == ["ok", "swap", "all", "none"]
+        and lines[1][:3] == ["warning", "clock", "pi1"]
+        and lines[2] == ["->", "raise", "it"]
+    )
+    assert lines[3][:3] == ["error", "version", "pi2"] and lines[-1] == ["1", "error,", "1", "warning"]
+    assert lines[-2] == ["1", "pi2", "0.40", "1.50", "9.00", "1.0%", "2.0%", "-", "93", "94", "2"]
+
+
+def test_links_that_are_slow_lossy_or_single_are_told():
+    good = Link(1, "pi2", 2, 0.4, 1.5, 9.0, 0.01, 0.0, 0.0, 0, 93.0, 94.0, 0.0)
+    assert [finding.level for finding in judged_links([good], 60)] == [OK]
+    for change, says, do in (
+        ({"loss_there": 0.02, "lost": 8}, "packets lost: 2.0% on the way there, 0.0% on the way back", "cable"),
+        ({"loss_there": 0.02, "loss_back": None, "lost": 8}, "packets lost: 2.0% on the way there", "cable"),
+        ({"late_rate": 0.1, "rtt_p99_ms": 30.0}, "10.0% of answers late: 30.0 ms (p99) instead of 0.40", "power_save off"),
+        ({"rtt_p50_ms": 6.0}, "a token waits for 60 of them: 360 ms", "cable"),
+        ({"mbit_back": 9.0}, "93 Mbit/s there, 9 back", "WiFi"),
+        ({"connections": 1}, "not sent twice", "btl_tcp_if_include"),
+    ):
+        (found,) = judged_links([replace(good, **change)], 60)
+        assert found.level == WARNING and found.host == "pi2" and says in found.says and do in found.do

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -111,9 +110,7 @@ def _unreachable(name: str, ssh: str, last: str) -> Finding:
     """ssh could not connect, and `last` is its last line."""
     if "denied" in last or "verification" in last:
         return Finding("hosts", ERROR, f"ssh is refused: {last}", KEY.format(ssh=shlex.split(ssh)[0], host=name), name)
-    try:
-        socket.getaddrinfo(name, 22)
-    except OSError:
+    if "resolve" in last:
         return Finding("hosts", ERROR, "no computer of this name is known here", NAME, name)
     return _down(name, f"cannot be reached: {last or 'ssh failed'}")
 

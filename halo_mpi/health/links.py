@@ -122,7 +122,7 @@ def silent(rank: int, host: str, why: str) -> Finding:
 
 
 def judged(links: list[Link], syncs: int) -> list[Finding]:
-    """`syncs`: of a token."""
+    """`syncs`: of a token; 0: not known."""
     found = [finding for link in links for finding in _judged(link, syncs)]
     if links and not found:
         slowest = max(links, key=lambda link: link.rtt_p50_ms)
@@ -134,15 +134,16 @@ def judged(links: list[Link], syncs: int) -> list[Finding]:
 
 
 def _judged(link: Link, syncs: int) -> list[Finding]:
-    found = []
-    if link.lost >= LEAST_LOST and max(link.loss_there, link.loss_back) >= LOSS:
-        says = f"{link.loss_there:.1%} of packets lost on the way there, {link.loss_back:.1%} back"
-        found.append((says, CABLE))
+    found, losses = [], {"there": link.loss_there, "back": link.loss_back}
+    if link.lost >= LEAST_LOST and max(loss or 0 for loss in losses.values()) >= LOSS:
+        told = ", ".join(f"{loss:.1%} on the way {way}" for way, loss in losses.items() if loss is not None)
+        found.append((f"packets lost: {told}", CABLE))
     elif link.late_rate >= LATE_RATE:
         says = f"{link.late_rate:.1%} of answers late: {link.rtt_p99_ms:.1f} ms (p99) instead of {link.rtt_p50_ms:.2f}"
         found.append((says, TRAFFIC))
     if link.rtt_p50_ms > SLOW_MS:
-        says = f"a round trip takes {link.rtt_p50_ms:.1f} ms, and a token waits for {syncs} of them: {syncs * link.rtt_p50_ms:.0f} ms"
+        says = f"a round trip takes {link.rtt_p50_ms:.1f} ms"
+        says += f", and a token waits for {syncs} of them: {syncs * link.rtt_p50_ms:.0f} ms" if syncs else ""
         found.append((says, "use a cable, or plan without this host"))
     if min(link.mbit_there, link.mbit_back) < SLOW_MBIT:
         says = f"{link.mbit_there:.0f} Mbit/s there, {link.mbit_back:.0f} back: long prompts will take time"

@@ -14,6 +14,8 @@ from halo_mpi.health.together import Seen
 from halo_mpi.wire.exchange import ROOT
 from halo_mpi.wire.polling import sharpen_timers
 
+LEAST_S = 1.0
+
 
 def answer(comm: MPI.Comm, examination: Callable[[], dict]) -> bool:
     """A worker's part; whether MPI's own end would wait for somebody then."""
@@ -40,6 +42,7 @@ class Ranks:
         self._machines = {ROOT: this_machine()}
         self._ask(lambda talk: self._machines.update({talk.peer: talk.receive(most_s, begin).decode()}))
         said = {ROOT: examination()}
+        begin = max(begin, time.perf_counter() + LEAST_S - most_s)  # a silent rank takes nobody else's time away
         self._ask(lambda talk: said.update({talk.peer: json.loads(talk.receive(most_s, begin))}))
         self._said = said
         by_host: dict[str, Seen] = {}

@@ -42,10 +42,10 @@ def summary(findings: list[Finding]) -> str:
 
 
 def _alike(findings: list[Finding]) -> dict[tuple[str, str, str, str], list[str]]:
-    """Where what was found, in the order in which it was found first, findings of one check one after the other."""
-    order = list(dict.fromkeys(finding.check for finding in findings))
+    """Where what was found: what is well first, findings of one check one after the other."""
+    levels, checks = list(STYLES), list(dict.fromkeys(finding.check for finding in findings))
     alike: dict[tuple[str, str, str, str], list[str]] = {}
-    for finding in sorted(findings, key=lambda finding: order.index(finding.check)):
+    for finding in sorted(findings, key=lambda finding: (levels.index(finding.level), checks.index(finding.check))):
         where = alike.setdefault((finding.level, finding.check, finding.says, finding.do), [])
         if finding.host:
             where.append(finding.host)
