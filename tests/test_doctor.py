@@ -8,7 +8,7 @@ import pytest
 
 from tests.lab import PROGRAMS, run as lab_run, scenario_file
 from tests.mpi import finish, halo, start, succeed
-from tests.pis import pi
+from tests.boards import pi
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(60)]
 DOCTOR_WITH = PROGRAMS / "doctor_with.py"

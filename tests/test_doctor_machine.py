@@ -21,7 +21,7 @@ from halo_mpi.health.software import compared as software_compared
 from halo_mpi.health.software import software
 from halo_mpi.health.together import Seen, diagnose
 from halo_mpi.wire.sockets import accepted_options, sent_segments, tune_sockets
-from tests.pis import pi, write
+from tests.boards import pi, write
 
 pytestmark = pytest.mark.timeout(30)
 
