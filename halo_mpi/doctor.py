@@ -58,15 +58,16 @@ def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: s
         findings, hosts = _over_ssh(hostfile, ssh, patience_s, words, own, context)
         return _tell(findings, [], hosts, wanted)
 
-    from halo_mpi.engine.flavour import mpi_name, survives_ends
+    from halo_mpi.engine.machine import survives_ends
     from halo_mpi.health import flavours, links, together
     from halo_mpi.health.ranks import Ranks, answer
 
     if comm.rank:
         return Parting(alone=answer(comm, own))
     ranks = Ranks(comm, own, patience_s)
-    findings = flavours.apart(mpi_name(), comm.size, os.environ)
-    findings += [flavours.running(mpi_name(), survives_ends(), len(ranks.hosts)), *ranks.findings]
+    name = ranks.hosts[0].said["mpi"]
+    findings = flavours.apart(name, comm.size, os.environ)
+    findings += [flavours.running(name, survives_ends(), len(ranks.hosts)), *ranks.findings]
     findings += together.diagnose(ranks.hosts, ranks.order, context)
     said = ranks.hosts[0].said["model"]
     findings += links.judged(ranks.links, 2 * said["config"]["layers"] if said else 0)

@@ -41,5 +41,16 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else 1024 * most  # getrusage(2): KiB but on macOS
 
 
+def survives_ends() -> bool:
+    """Whether the other ranks go on when one's process ends: Open MPI started with `--with-ft ulfm`."""
+    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes")
+
+
+def mpi_name() -> str:
+    """For example "Open MPI 5.0.11"."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
 def machine_name() -> str:
     return f"{platform.machine()}, {_cores()} cores, Python {platform.python_version()}, torch {version('torch')}"

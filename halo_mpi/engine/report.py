@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from halo_mpi import __version__
-from halo_mpi.engine.flavour import mpi_name
-from halo_mpi.engine.machine import machine_name
+from halo_mpi.engine.machine import machine_name, mpi_name
 from halo_mpi.engine.session import Session
 from halo_mpi.errors import HaloError
 

