@@ -20,12 +20,12 @@ def is_local(name: str, arguments: list[str]) -> bool:
 
 
 def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
-    """Run a command of one process and exit, with the code that it returns, if any; a failure is one line on standard error."""
+    """Run a command of one process and exit; a failure is one line on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     verbose = "--verbose" in arguments
     code, message = EXIT_DONE, ""
     try:
-        code = command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False) or EXIT_DONE
+        command.main(arguments, prog_name=f"halo-mpi {command.name}", standalone_mode=False)
     except click.exceptions.Abort:  # what click makes of Ctrl-C
         code, message = EXIT_INTERRUPTED, "interrupted"
     except click.ClickException as error:

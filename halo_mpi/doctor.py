@@ -18,27 +18,33 @@ from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from halo_mpi.health.finding import ERROR, OK, Finding
 from halo_mpi.health.hosts import DEFAULT_SSH
 
-EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor --model models/smollm2-135m.halo"
+EXAMPLES = """\b
+Examples:
+  launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor --model models/smollm2-135m.halo
+  halo-mpi doctor --hostfile hostfiles/pis.txt
+"""
 
 
-@click.command(epilog=EXAMPLE)
-@click.option("--model", type=click.Path(path_type=Path), help="Look whether this model is on all hosts, and fits their memory.")
-@click.option("--context", type=click.IntRange(1), default=2048, show_default=True,
+@click.command(epilog=EXAMPLES, short_help="Look whether a cluster is ready for a run, and say what to do where it is not.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="DIR",
+              help="Look whether this model is on all hosts, and fits their memory.")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), default=2048, show_default=True, metavar="C",
               help="With --model: tokens that the KV cache must hold.")  # fmt: skip
-@click.option("--hostfile", type=click.Path(path_type=Path),
+@click.option("--hostfile", type=click.Path(path_type=Path), metavar="FILE",
               help="Without mpirun: ask the hosts of this file over ssh. Tells of those that are down, for which mpirun only fails; links "
                    "are measured under mpirun.")  # fmt: skip
-@click.option("--ssh", default=DEFAULT_SSH, show_default=True,
+@click.option("--ssh", default=DEFAULT_SSH, show_default=True, metavar="CMD",
               help="With --hostfile: what starts a command on a host, as SSH HOST COMMAND.")  # fmt: skip
-@click.option("--patience", "patience_s", type=click.FloatRange(1), default=30.0, show_default=True,
+@click.option("--patience", "patience_s", type=click.FloatRange(1), default=30.0, show_default=True, metavar="S",
               help="Seconds that hosts may take to examine themselves; who takes longer is reported as silent.")  # fmt: skip
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object.")
 @click.option("--examine", is_flag=True, hidden=True, help="Print what this host says of itself as JSON.")
-@click.option("--sysfs", type=click.Path(path_type=Path), default="/", hidden=True, help="Where the machine's sys and proc are.")
+@click.option("--sysfs", type=click.Path(path_type=Path), default="/", hidden=True, metavar="DIR",
+              help="Where the machine's sys and proc are.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
 @click.pass_obj
 def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: str, patience_s: float, wanted: bool, examine: bool,
-           sysfs: Path, verbose: bool) -> Parting | int | None:  # fmt: skip
+           sysfs: Path, verbose: bool) -> Parting | None:  # fmt: skip
     """Check a cluster before a run: MPI, versions, model, memory, clocks, heat, power, kernel, links. Says what is wrong, and what to do.
 
     Exit code 0 if there are no errors (warnings do not count), 1 if there are, 2 after wrong use.
@@ -56,7 +62,7 @@ def doctor(comm, model: Path | None, context: int, hostfile: Path | None, ssh: s
     if hostfile:
         words = ["--sysfs", str(sysfs)] + (["--model", str(model)] if model else [])
         findings, hosts = _over_ssh(hostfile, ssh, patience_s, words, own, context)
-        return _tell(findings, [], hosts, wanted)
+        sys.exit(_tell(findings, [], hosts, wanted))
 
     from halo_mpi.engine.machine import survives_ends
     from halo_mpi.health import flavours, links, together

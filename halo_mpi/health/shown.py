@@ -1,5 +1,6 @@
 """Findings and links for people."""
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,10 +29,12 @@ def print_findings(findings: list[Finding], links: list[Link], hosts: int) -> No
         named = ["all" if len(where) == hosts > 1 else escape(", ".join(where))] if several else []
         what = escape(says) + (f"\n-> {escape(do)}" if do else "")
         table.add_row(f"[{STYLES[level]}]{level}[/]", check, *named, what)
-    console.print(table)
-    if links:
-        console.print(_links(links))
-    console.print(summary(findings))
+    with console.capture() as captured:
+        console.print(table)
+        if links:
+            console.print(_links(links))
+        console.print(summary(findings))
+    click.echo(captured.get(), nl=False)
 
 
 def summary(findings: list[Finding]) -> str:
