@@ -48,20 +48,19 @@ def doctor_with(tmp_path):
     return run_it
 
 
-@pytest.mark.parametrize("ranks", (1, 3))
-def test_a_computer_with_nothing_wrong_has_no_errors(tiny, ranks):
-    report = told(halo(ranks, "doctor", "--model", tiny, "--json"), 0)
+def test_ranks_with_nothing_wrong_have_no_errors(tiny):
+    report = told(halo(3, "doctor", "--model", tiny, "--json"), 0)
     assert report["errors"] == 0 and "error" not in levels(report).values()
-    assert {"mpi", "version", "libraries", "model", "shards", "memory", "clock", "swap", "sockets"} <= {
-        check for check, _ in levels(report)
-    }
-    assert [link["rank"] for link in report["links"]] == list(range(1, ranks))
+    checks = {"mpi", "version", "libraries", "model", "shards", "memory", "clock", "swap", "sockets"}
+    assert checks <= {check for check, _ in levels(report)}
+    assert [link["rank"] for link in report["links"]] == [1, 2]
     assert all(0 < link["rtt_p50_ms"] < 50 and link["mbit_there"] > 10 and link["connections"] == 0 for link in report["links"])
 
 
-def test_people_get_a_line_for_each_finding_and_a_table_of_links(tiny):
-    out = succeed(halo(2, "doctor", "--model", tiny)).out
-    assert "ok" in out and "halo_mpi" in out and "round" in out and "Mbit/s" in out
+def test_a_computer_alone_gets_a_line_for_each_finding(tiny):
+    lines = succeed(halo(1, "doctor", "--model", tiny)).out.splitlines()
+    assert [line.split()[1] for line in lines if line.split()[0] == "ok"][:4] == ["mpi", "version", "libraries", "model"]
+    assert not any("Mbit/s" in line for line in lines)
 
 
 def test_what_differs_between_hosts_is_found_and_explained(doctor_with, tiny, tmp_path):

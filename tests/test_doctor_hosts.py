@@ -64,11 +64,11 @@ def test_hosts_that_answer_examine_themselves(doctor, tiny):
 
 def test_a_host_that_is_down_refuses_or_hangs_is_told_with_what_to_do(doctor):
     names = ("localhost", "dead", "unknown", "locked", "hung", "bare", "board-a")
-    findings = doctor(*map(line, names), code=1, arguments=["--patience", "4"])
+    findings = doctor(*map(line, names), code=1, arguments=["--patience", "3"])
     told = {name: of(findings, "hosts", name) for name in names[1:6]}
     assert {each["level"] for each in told.values()} == {"error"}
     assert "Permission denied" in told["locked"]["says"] and "ssh-copy-id locked" in told["locked"]["do"]
-    assert told["hung"]["says"] == "did not answer in 4 s" and "power" in told["hung"]["do"]
+    assert told["hung"]["says"] == "did not answer in 3 s" and "power" in told["hung"]["do"]
     assert "can't cd to" in told["bare"]["says"] and "quickstart.sh" in told["bare"]["do"]
     assert "No route to host" in told["dead"]["says"] and "# before its line" in told["dead"]["do"]
     assert told["unknown"]["says"] == "no computer of this name is known here" and "/etc/hosts" in told["unknown"]["do"]
