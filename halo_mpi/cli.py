@@ -12,16 +12,18 @@ from halo_mpi.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from halo_mpi.versions import version_option
 
 LOCAL = ("convert", "inspect")  # one process
-DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan")  # one process per rank, under mpirun
+DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan", "doctor")  # one process per rank, under mpirun
+WITHOUT_MPI = {"plan": ("--devices",), "doctor": ("--hostfile", "--examine")}  # options with which they are local
 RANK = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"}  # one of these is in the environment of what mpirun or srun started
 COMPLETE = "_HALO_MPI_COMPLETE"  # click's own name for it
 
 
 def is_local(name: str, arguments: list[str]) -> bool:
-    """Whether a command needs no MPI: what one process does, planning for a file of devices, and questions outside mpirun."""
+    """Whether a command needs no MPI: what one process does, planning for devices that are described, looking after the hosts of a file,
+    and questions outside mpirun."""
     is_question = arguments in (["--help"], ["--version"]) and not RANK.intersection(os.environ)
-    plans_for_file = name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
-    return name in LOCAL or is_question or plans_for_file
+    named = {argument.partition("=")[0] for argument in arguments}
+    return name in LOCAL or is_question or not named.isdisjoint(WITHOUT_MPI.get(name, ()))
 
 
 def run_command(command: click.Command, arguments: list[str] | None = None) -> None:

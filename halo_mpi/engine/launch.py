@@ -32,6 +32,7 @@ from halo_mpi.wire.sockets import ask_for_two_connections
 
 START_S = 60  # so long may MPI take to start; three times as long under halo-mpirun, which gives it up sooner and starts it again
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
+DIAGNOSES = ("doctor",)  # commands for ranks that may be of other versions, or silent
 NEWS_S = 1.0  # that the root has ended may be known before the root's own last line is
 
 
@@ -67,7 +68,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     verbose = "--verbose" in arguments
     try:
         end_at_once()
-        parting = _run(comm, command, arguments, verbose)
+        parting = (_run_alone if command.name in DIAGNOSES else _run)(comm, command, arguments, verbose)
     except AgreedError as error:
         parting = Parting(error.exit_code)
     except RanksLostError as error:
@@ -127,13 +128,36 @@ def _run(comm, command: click.Command, arguments: list[str], verbose: bool) -> P
             except click.exceptions.Exit:  # --help
                 return None
             except click.ClickException as error:
-                raise UsageError(f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`.") from error
+                raise UsageError(_of_usage(error, command)) from error
 
     context = together(comm, parse, verbose)
     if context is None:
         return Parting()
     with context:
         return command.invoke(context) or Parting()
+
+
+def _run_alone(comm, command: click.Command, arguments: list[str], verbose: bool) -> Parting:
+    """Each rank by itself: nothing is compared, and nobody waits for another one."""
+    from halo_mpi.engine.agreement import complain
+
+    stage.work_begins()
+    try:
+        with contextlib.redirect_stdout(sys.stdout if comm.rank == 0 else io.StringIO()):
+            context = command.make_context(f"halo-mpi {command.name}", list(arguments), obj=comm)
+    except click.exceptions.Exit:  # --help
+        return Parting()
+    except click.ClickException as error:
+        if comm.rank:
+            return Parting()  # with another code mpirun might end the root before its line is out
+        complain(_of_usage(error, command))
+        return Parting(EXIT_USAGE)
+    with context:
+        return command.invoke(context)
+
+
+def _of_usage(error: click.ClickException, command: click.Command) -> str:
+    return f"{' '.join(error.format_message().split())} Try `halo-mpi {command.name} --help`."
 
 
 def _ended(comm) -> set[int]:

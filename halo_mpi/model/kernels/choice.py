@@ -7,6 +7,11 @@ from halo_mpi.model.sizes import Sizes
 
 KERNELS = ("auto", "llvm", "reference")
 TILED = ("int4", "int8")  # storage that compiled kernels read
+# What a rank takes beside weights and cache, by kernel: rss_bytes - weights_bytes in reports.
+PROGRAM_BYTES = {
+    "reference": 320 * 2**20,  # interpreter, torch and MPI: 284 to 324 MB
+    "llvm": 270 * 2**20,  # interpreter, LLVM and MPI: 188 to 220 MiB, 265 where it compiles
+}
 
 
 def make_kernel(

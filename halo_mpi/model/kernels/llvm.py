@@ -3,6 +3,7 @@
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import PROGRAM_BYTES
 from halo_mpi.model.kernels.compiled import products
 from halo_mpi.model.kernels.normalize import normalize
 from halo_mpi.model.kernels.share import CompiledHead, CompiledShare
@@ -19,7 +20,7 @@ class Compiled:
     """The kernel `llvm`. `dtype`: of the layers' weights, int4 or int8, `down_dtype`: of down if another; the vocabulary's are int8."""
 
     name = "llvm"
-    program_bytes = 270 * 2**20  # interpreter, LLVM and MPI: 188 to 220 MiB (rss_bytes - weights_bytes in reports), 265 where it compiles
+    program_bytes = PROGRAM_BYTES["llvm"]
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32", down_dtype: str | None = None):
         self.sizes, self.isa, self._team = Sizes(config, dtype, "int8", cache, down_dtype), products().isa, Team(threads)

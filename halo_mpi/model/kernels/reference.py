@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from halo_mpi.model.config import ModelConfig
+from halo_mpi.model.kernels.choice import PROGRAM_BYTES
 from halo_mpi.model.layer_weights import Cache, LayerWeights
 from halo_mpi.model.llama import Share
 from halo_mpi.model.norms import rms_norm
@@ -15,7 +16,7 @@ class Reference:
     """The kernel of this name."""
 
     name, isa = "reference", "torch"
-    program_bytes = 320 * 2**20  # interpreter, torch and MPI: 284 to 324 MB (rss_bytes - weights_bytes in reports)
+    program_bytes = PROGRAM_BYTES["reference"]
 
     def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
         self.sizes, self.threads = Sizes(config, cache_dtype=cache), threads
