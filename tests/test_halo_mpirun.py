@@ -330,6 +330,13 @@ def test_sigterm_waits_for_the_program_but_not_for_ever(again, code):
         assert time.monotonic() - began < 4
 
 
+@needs_mpirun
+def test_the_program_knows_that_nobody_sees_colours():
+    """Open MPI gives rank 0 a terminal of its own, though what it prints goes into a pipe here."""
+    told = launch("-n", 1, "python", "-c", "import os; print(os.environ['TERM'], os.environ['COLUMNS'])", TERM="xterm", COLUMNS="97")
+    assert told.stdout.split() == ["dumb", "97"], told.stderr
+
+
 def test_shell_scripts_are_clean():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.prefix, 'bin')}:{os.environ.get('PATH', '')}")
     if shellcheck is None:
