@@ -14,8 +14,9 @@ DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan")  # one process per r
 
 
 def is_local(name: str, arguments: list[str]) -> bool:
-    """Whether a command runs as one process; to plan for a file of devices is one that needs no MPI."""
-    return name in LOCAL or name == "plan" and any(argument.partition("=")[0] == "--devices" for argument in arguments)
+    """Whether a command runs as one process; to plan for a file of devices, or for a profile, is one that needs no MPI."""
+    described = {argument.partition("=")[0] for argument in arguments} & {"--devices", "--profile"}
+    return name in LOCAL or name == "plan" and bool(described)
 
 
 def run_local(command: click.Command, arguments: list[str] | None = None) -> None:
