@@ -78,7 +78,7 @@ KINDS = {
     "fault_schedules": Kind("Random faults", fault_schedules.table),
     "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
-    "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
+    "scaling": Kind("Scaling", scaling.table, scaling.plot),
     "rank": Kind("One rank", rank.table),
     "overhead": Kind("What a token costs beside the products", overhead.table),
     "exactness": Kind("Rounding of kernels", exactness.table),
