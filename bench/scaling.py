@@ -1,8 +1,8 @@
 """Scaling over ranks, and where the time goes: python -m bench.scaling [--weak] [--cases NAME,...] [--json FILE] [--plot FILE.png]
 
-Strong: the same model on more ranks. Weak: heads and neurons grow with the ranks, each device's work stays. The time per token is split into
-the computing of the slowest rank (at the pace of the device that the lab plays) and the rest: messages, waiting, and the root's own work.
-Predicted is what the scheduler expects of even shares, from what the ranks measure at the start of a short run of their own.
+Strong: the same model on more ranks. Weak: heads and neurons grow with the ranks, each device's work stays. The time per token is split
+into the computing of the slowest rank (at the pace of the device that the lab plays) and the rest: messages, waiting, and the root's own
+work. Predicted is what the scheduler expects of even shares, from what the ranks measure at the start of a short run of their own.
 """
 
 from dataclasses import dataclass
@@ -132,8 +132,9 @@ def plot(content: dict, path: Path) -> None:
             if expected:
                 panel.plot([name for name in names if name in expected], [expected[name] for name in names if name in expected], "k_",
                            markersize=24, label="predicted")  # fmt: skip
-            panel.set(title=case, xlabel="ranks", ylabel="ms per token")
-        panels[0].legend(fontsize="small")
+            highest = max([s.tpot_ms for s in found] + list(expected.values()))
+            panel.set(title=case, xlabel="ranks", ylabel="ms per token", ylim=(0, 1.35 * highest))
+        panels[0].legend(fontsize="small", markerscale=0.5)
 
 
 def name_of(cell: dict) -> str:

@@ -116,13 +116,16 @@ def shape_model(shape: str) -> Path:
     return _made(shape, SHAPES[shape])
 
 
-def weak_model(ranks: int) -> Path:
+def weak_config(ranks: int) -> ModelConfig:
     """A model whose width grows with the ranks: each has 3 heads, 1 KV head and 768 neurons of each of 15 layers, whatever their number.
 
     Syncs and the length of their messages do not change, nor does the vocabulary, which the root scores.
     """
-    config = ModelConfig(f"weak shape of {ranks}", 15, 576, 3 * ranks, ranks, 64, 768 * ranks, 49152, 2048, 1e-5, 10000.0, tied=True)
-    return _made(f"weak-{ranks}", config)
+    return ModelConfig(f"weak shape of {ranks}", 15, 576, 3 * ranks, ranks, 64, 768 * ranks, 49152, 2048, 1e-5, 10000.0, tied=True)
+
+
+def weak_model(ranks: int) -> Path:
+    return _made(f"weak-{ranks}", weak_config(ranks))
 
 
 def _made(name: str, config: ModelConfig) -> Path:

@@ -1,8 +1,8 @@
 """How far the cost model can be trusted: python -m bench.validation [--scenes NAME,...] [--json FILE] [--plot FILE.png]
 
-Each scene of the lab with even shares and with those of `--placement auto`, in time boxes that alternate; nothing moves. Beside the measured
-time per token are two predictions: from what the ranks measured at the start of the run with auto, and from the scene's description, which is
-how `plan --profile` simulates: what was measured at the start on the clean scene, changed by the numbers in the scene's file.
+Each scene of the lab with even shares and with those of `--placement auto`, in time boxes that alternate; nothing moves. Beside the
+measured time per token are two predictions: from what the ranks measured at the start of the run with auto, and from the scene's
+description, which is how `plan --profile` simulates: what was measured on the clean scene, changed by the numbers in the scene's file.
 """
 
 from pathlib import Path
@@ -26,7 +26,8 @@ from halo_mpi.schedule.cost import token_cost
 from halo_mpi.schedule.devices import described
 
 CLEAN = "clean-4"
-SCENES = (CLEAN, "hot-pi", "loss-2", "loss-5", "wifi")
+UNDELAYED = (CLEAN, "hot-pi", "loss-2", "loss-5")
+SCENES = (*UNDELAYED, "wifi")
 PLACEMENTS = ("even", "auto")
 SOURCES = ("at the start", "from the description")
 CONTEXT = 512
@@ -81,7 +82,8 @@ def compared(content: dict) -> list[tuple[str, str, list[dict], dict[str, float]
 
 def table(content: dict) -> Table:
     settings = content["settings"]
-    columns = ["scene", "shares", "groups by rank", "tokens", "TPOT p50", "mean", *(word for source in SOURCES for word in (source, "mean / that"))]
+    beside = [word for source in SOURCES for word in (source, "mean / that")]
+    columns = ["scene", "shares", "groups by rank", "tokens", "TPOT p50", "mean", *beside]
     drawn = Table(f"Predicted and measured: {settings['model']}, {settings['pace_ms']:g} ms per sync and device", columns, texts=3)
     ratios: dict[str, list[float]] = {source: [] for source in SOURCES}
     for scene, placement, runs, predicted in compared(content):
@@ -98,8 +100,19 @@ def table(content: dict) -> Table:
         for source, values in ratios.items()
         if values
     ]
-    drawn.notes += failures(content, name_of)
+    drawn.notes += [*_of_the_program(content["runs"]), *failures(content, name_of)]
     return drawn
+
+
+def _of_the_program(runs: list[dict]) -> list[str]:
+    """What `halo_mpi/schedule/profiles.py` takes for the program itself, where the scene adds no delay."""
+    told = [found for run in runs if run["scene"] in UNDELAYED and (found := scheduler_of(run))]
+    if not told:
+        return []
+    links = [device["link_ms"] for each in told for device in each["devices"][1:]]
+    sync_ms, further_ms = ([each[name] for each in told] for name in ("sync_ms", "further_ms"))
+    medians = ", ".join(f"{name} {percentile(of, 50):.2f}" for name, of in (("link", links), ("sync", sync_ms), ("further", further_ms)))
+    return [f"the program itself, ms, measured at the start where nothing is delayed, medians of {len(told)} runs: {medians}"]
 
 
 def groups_of(run: dict) -> str:
@@ -114,7 +127,8 @@ def plot(content: dict, path: Path) -> None:
     with figure(path, 1, 6.0) as (panel,):
         for source, mark in zip(SOURCES, "ox"):
             points = [(predicted[source], pooled(runs).token_ms) for _, _, runs, predicted in every if source in predicted]
-            panel.plot(*zip(*points), mark, label=f"predicted {source}") if points else None
+            if points:
+                panel.plot(*zip(*points), mark, label=f"predicted {source}")
         ends = [limit for limits in (panel.get_xlim(), panel.get_ylim()) for limit in limits]
         panel.plot([min(ends), max(ends)], [min(ends), max(ends)], "k:", linewidth=1)
         panel.set(xlabel="predicted, ms per token", ylabel="measured, ms per token")

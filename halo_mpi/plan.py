@@ -50,13 +50,13 @@ class Several(click.ParamType):
 @click.option("--sweep", type=Several(BOARDS), help="With --profile: a table over numbers of boards, e.g. 8,16,64,256.")
 @click.option("--mbit", type=click.FloatRange(0, min_open=True), help="With --profile: of a board's line. Default: as published.")
 @click.option("--loss", type=Several(click.FloatRange(0, 1)), default="0",
-              help="With --profile: of packets, per direction, e.g. 0.02; with --sweep also several, e.g. 0,0.02,0.05. Default: 0.")  # fmt: skip
+              help="With --profile: of packets, per direction, e.g. 0.02; with --sweep also 0,0.02,0.05. Default: 0.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES),
               help="With --devices or --profile: of the weights. Default: the model's; of a shape, int4.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the KV cache must hold.")
 @click.option("--memory", type=Size(),
               help="Most memory for weights and KV cache of one rank, e.g. 800M; what it does not hold is planned to be read from disk at "
-                   "every token. Default: what is free. With --profile nothing is read from disk. Default there: as published.")  # fmt: skip
+                   "every token. Default: what is free. With --profile it must hold all. Default there: as published.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), envvar="OMP_NUM_THREADS", help="Threads of each rank. Default: as generate's.")
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")

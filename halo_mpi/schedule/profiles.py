@@ -48,7 +48,7 @@ class Profile:
     @property
     def figures(self) -> dict[str, Figure]:
         """All its numbers by name."""
-        own = {**asdict(self.board), **asdict(self.line), "sync_ms": SYNC_MS, "further_ms": FURTHER_MS}
+        own = {**asdict(self.board), **asdict(self.line), "link_ms": LINK_MS, "sync_ms": SYNC_MS, "further_ms": FURTHER_MS}
         return {name: figure for name, figure in own.items() if isinstance(figure, Figure)}
 
 
@@ -83,8 +83,9 @@ PROFILES = {
     "pi5-wifi": Profile(PI5, WIFI5),
 }
 LAB = "this program on x86-64, 4 ranks on 2 cores: bench/results/validation.json; a Pi takes longer"
-SYNC_MS = Figure(0.6, LAB)
-FURTHER_MS = Figure(0.03, LAB)
+LINK_MS = Figure(0.3, f"of a request and its answer, beside the round trip: {LAB}")
+SYNC_MS = Figure(0.4, f"of a sync, beside its longest share: {LAB}")
+FURTHER_MS = Figure(0.06, f"of each worker but the first: {LAB}")
 HOPS = 4  # on a shared channel: a request and its answer, each to the access point and from there
 
 
@@ -102,7 +103,7 @@ def simulated(
         "memory": str(memory or int(board.memory_gib.value * 2**30)),
         "mbit": reached,
     }
-    others = {**own, "count": count - 1, "link_ms": line.round_trip_ms.value, "loss": loss}
+    others = {**own, "count": count - 1, "link_ms": line.round_trip_ms.value + LINK_MS.value, "loss": loss}
     further_ms = FURTHER_MS.value + (_on_the_air_ms(line, reached, sizes.config) if shared else 0.0)
     content = {"devices": [own, others][:count], "sync_ms": SYNC_MS.value, "further_ms": further_ms}
     return described(content, f"profile {board.name}", sizes, context)
