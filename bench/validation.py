@@ -31,18 +31,20 @@ SCENES = (*UNDELAYED, "wifi")
 PLACEMENTS = ("even", "auto")
 SOURCES = ("at the start", "from the description")
 CONTEXT = 512
+COMPUTING = ("attention_ms", "ffn_ms", "fixed_ms")
+TIMES = (*COMPUTING, "link_ms")
 
 
 def as_described(measured: dict, scene: str) -> dict:
     """A file of devices: what was measured on the clean scene, with what a scene's file says of its hosts."""
     hosts = list(load_scenario(SCENARIOS / f"{scene}.toml").hosts.values())
     devices = [_changed(device, host, rank) for rank, (device, host) in enumerate(zip(measured["devices"], hosts))]
-    return {name: measured[name] for name in ("model", "sync_ms", "further_ms", "head_ms")} | {"devices": devices}
+    return {**measured, "devices": devices}
 
 
 def _changed(device: dict, host: Host, rank: int) -> dict:
     own = {name: value for name, value in device.items() if name not in ("late_rate", "late_ms", "kb_ms")}
-    for name in ("attention_ms", "ffn_ms", "fixed_ms"):
+    for name in COMPUTING:
         own[name] /= host.slowdown
     if host.rate_mbit:
         own["mbit"] = host.rate_mbit
@@ -51,19 +53,31 @@ def _changed(device: dict, host: Host, rank: int) -> dict:
     return own
 
 
+def clean_devices(runs: list[dict]) -> dict | None:
+    """What was measured on the clean scene: medians over its runs."""
+    told = [found for run in runs if run["scene"] == CLEAN and (found := scheduler_of(run))]
+    if not told:
+        return None
+    devices = [
+        {**same[0], **{name: percentile([device[name] for device in same], 50) for name in TIMES}}
+        for same in zip(*(each["devices"] for each in told))
+    ]
+    beside = {name: percentile([each[name] for each in told], 50) for name in ("sync_ms", "further_ms", "head_ms")}
+    return {"model": told[0]["model"], "devices": devices, **beside}
+
+
 def predictions(runs: list[dict], scene: str, placement: str, config: ModelConfig, dtype: str) -> dict[str, float]:
     """By source, in ms per token: the medians over the repeats."""
     found: dict[str, list[float]] = {source: [] for source in SOURCES}
-    clean = {run["repeat"]: told for run in runs if run["scene"] == CLEAN and (told := scheduler_of(run))}
+    clean = clean_devices(runs)
     for run in runs:
         told = scheduler_of(run) if run["scene"] == scene else None
         if not told:
             continue
         option = told["options"][told["chosen"] if placement == "auto" else "even"]
         found["at the start"].append(option["tpot_ms"])
-        if run["repeat"] in clean:
-            content = as_described(clean[run["repeat"]], scene)
-            cluster = described(content, scene, sizes_of(config, dtype), CONTEXT)
+        if clean:
+            cluster = described(as_described(clean, scene), scene, sizes_of(config, dtype), CONTEXT)
             found["from the description"].append(token_cost(cluster, config.layers, option["heads"], option["groups"]).tpot_ms)
     return {source: percentile(values, 50) for source, values in found.items() if values}
 

@@ -1,6 +1,7 @@
 """Tables of scaling and of predictions against measurements."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,7 @@ from bench import published, report, scaling, validation
 from bench.shapes import weak_config
 from bench.splits import fitted, planned, split
 from halo_mpi.model.shapes import SHAPES
+from halo_mpi.schedule.cost import Device
 from halo_mpi.schedule.profiles import PROFILES
 from tests.test_bench import run_of, scaling_run
 
@@ -21,8 +23,7 @@ def scaled(ranks: int, tpot_ms: float, compute_ms: float, what: str = "run", **f
 
 def scheduler(tpot_ms: float = 50.0, **changes) -> dict:
     """As a report has it, of four devices."""
-    devices = [{"name": "pi", "attention_ms": 2.8, "ffn_ms": 2.8, "fixed_ms": 0.0, "link_ms": 0.2 * rank, "late_rate": 0.0, "late_ms": 0.0,
-                "memory": None, "read_gbps": None, "disk_heads": None, "disk_groups": None, "kb_ms": None} for rank in range(4)]  # fmt: skip
+    devices = [asdict(Device("pi", 2.8, 2.8, link_ms=0.2 * rank)) for rank in range(4)]
     option = {"tpot_ms": tpot_ms, "heads": [3, 2, 2, 2], "groups": [3, 3, 3, 3]}
     return {"model": SMOLLM2.name, "devices": devices, "sync_ms": 0.4, "further_ms": 0.05, "head_ms": 1.0, "kb_ms": None, "chosen": "even",
             "options": {"even": option}, **changes}  # fmt: skip
@@ -79,7 +80,8 @@ def validated(scene: str, placement: str, tpot_ms: float) -> dict:
 
 
 def test_a_described_scene_is_the_clean_one_with_its_faults():
-    hot, lossy, wifi = (validation.as_described(scheduler(), scene)["devices"] for scene in ("hot-pi", "loss-2", "wifi"))
+    clean = validation.clean_devices([{"scene": "clean-4", "report": {"scheduler": scheduler()}}])
+    hot, lossy, wifi = (validation.as_described(clean, scene)["devices"] for scene in ("hot-pi", "loss-2", "wifi"))
     assert hot[2]["attention_ms"] == pytest.approx(11.2) and hot[1]["attention_ms"] == 2.8
     assert lossy[1]["loss"] == 0.02 and "loss" not in lossy[0]
     assert wifi[1]["link_ms"] == pytest.approx(0.2 + 4) and wifi[0]["mbit"] == 50

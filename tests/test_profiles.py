@@ -103,3 +103,9 @@ def test_a_sweep_as_json_has_its_points_and_figures():
 def test_wrong_options_of_a_simulation_are_one_line_and_code_2(options, part):
     done = plan("--shape", "llama-2-7b", *options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and part in done.stderr, done.stderr
+
+
+def test_boards_that_would_not_help_stay_idle():
+    """But for even shares, which are kept where others are less than a tenth faster."""
+    times = [point.tpot_ms for point in sweep(PROFILES["pi4"], [8, 16, 64, 128, 256], [0.02], SEVEN, 2048)]
+    assert all(later < 1.02 * earlier for earlier, later in zip(times, times[1:]))
