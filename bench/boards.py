@@ -21,6 +21,7 @@ from halo_mpi.schedule.sweep import sweep
 
 CONTEXT = 2048
 COUNTS = "1,2,4,8,16,32,64,128,256"
+STYLES = ("-", "--", ":", "-.")
 NO_PARTS = dict.fromkeys(("compute_ms", "wire_ms", "wait_ms", "head_ms"))
 
 
@@ -49,17 +50,19 @@ def by_line(content: dict) -> Iterator[tuple[tuple, list[dict]]]:
 
 
 def plot(content: dict, path: Path) -> None:
-    """A panel per shape: time per token against boards."""
-    shapes = list(dict.fromkeys(point["shape"] for point in content["runs"]))
-    with figure(path, len(shapes), 4.2) as panels:
+    """A panel per shape: time per token against boards, a colour per profile and a line style per loss rate."""
+    shapes, profiles, losses = (list(dict.fromkeys(point[name] for point in content["runs"])) for name in ("shape", "profile", "loss"))
+    with figure(path, len(shapes), 4.5) as panels:
         for panel, shape in zip(panels, shapes):
             for (of, profile, loss), points in by_line(content):
                 held = [(point["count"], point["tpot_ms"]) for point in points if point["tpot_ms"]]
                 if of == shape and held:
-                    panel.plot(*zip(*held), "o-", markersize=3, label=f"{profile}, {loss:.0%} lost")
-            panel.set(title=f"{shape}, simulated", xlabel="boards", ylabel="ms per token", xscale="log", yscale="log")
+                    style = {"color": f"C{profiles.index(profile)}", "linestyle": STYLES[losses.index(loss) % len(STYLES)]}
+                    panel.plot(*zip(*held), marker="o", markersize=3, label=f"{profile}, {loss:.0%} lost", **style)
+            panel.set(title=f"{shape}, simulated", xlabel="boards", ylabel="ms per token", ylim=(0, None))
+            panel.set_xscale("log", base=2)
             panel.grid(alpha=0.3)
-        panels[-1].legend(fontsize="x-small")
+        panels[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 @click.command(help=__doc__)

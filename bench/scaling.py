@@ -138,8 +138,8 @@ def plot(content: dict, path: Path) -> None:
 
 
 def name_of(cell: dict) -> str:
-    which = "plan" if cell.get("what") == "plan" else f"repeat {cell['repeat'] + 1}"
-    return f"{cell['case']}, {cell['ranks']} ranks, {which}"
+    which = "plan" if cell.get("what") == "plan" else "repeat"
+    return f"{cell['case']}, {cell['ranks']} ranks, {which} {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:
@@ -194,7 +194,7 @@ def main(cases, lab, device_ms, model, shape, weak, predict, ranks, repeats, sec
     results = Results("scaling", out, seed, **settings)
     groups = [
         [{"case": name, "ranks": n, "repeat": r, "what": "run"} for n in ranks]
-        + [{"case": name, "ranks": n, "repeat": 0, "what": "plan"} for n in ranks if predict and n > 1 and not r]
+        + [{"case": name, "ranks": n, "repeat": r, "what": "plan"} for n in ranks if predict and n > 1]
         for name in chosen
         for r in range(repeats)
     ]

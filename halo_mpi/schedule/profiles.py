@@ -83,9 +83,9 @@ PROFILES = {
     "pi5-wifi": Profile(PI5, WIFI5),
 }
 LAB = "this program on x86-64, 4 ranks on 2 cores: bench/results/validation.json; a Pi takes longer"
-LINK_MS = Figure(0.26, f"of a request and its answer, beside the round trip: {LAB}")
-SYNC_MS = Figure(0.18, f"of a sync, beside its longest share: {LAB}")
-FURTHER_MS = Figure(0.09, f"of each worker but the first: {LAB}")
+LINK_MS = Figure(0.25, f"of a request and its answer, beside the round trip: {LAB}")
+SYNC_MS = Figure(0.16, f"of a sync, beside its longest share: {LAB}")
+FURTHER_MS = Figure(0.1, f"of each worker but the first: {LAB}")
 HOPS = 4  # on a shared channel: a request and its answer, each to the access point and from there
 
 
