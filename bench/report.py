@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from bench import budget, estimates, exactness, fault_schedules, faults, load, moving, overhead, placement, quality, rank, scaling
-from bench import scenes, sorting, stress, tpot, tradeoff, unstable
+from bench import boards, budget, estimates, exactness, fault_schedules, faults, load, moving, overhead, placement, published, quality
+from bench import rank, scaling, scenes, sorting, stress, tpot, tradeoff, unstable, validation
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -78,7 +78,10 @@ KINDS = {
     "fault_schedules": Kind("Random faults", fault_schedules.table),
     "estimates": Kind("Lost for good: what estimates are worth", estimates.table),
     "sorting": Kind("Sorting by neurons or by blocks", sorting.table),
-    "scaling": Kind("Strong scaling", scaling.table, scaling.plot),
+    "scaling": Kind("Scaling", scaling.table, scaling.plot),
+    "validation": Kind("Predicted and measured", validation.table, validation.plot),
+    "boards": Kind("More boards, simulated", boards.table, boards.plot),
+    "published": Kind("Published and simulated", published.table),
     "rank": Kind("One rank", rank.table),
     "overhead": Kind("What a token costs beside the products", overhead.table),
     "exactness": Kind("Rounding of kernels", exactness.table),

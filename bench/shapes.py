@@ -99,12 +99,12 @@ def model_options(command: Callable) -> Callable:
     return with_model
 
 
-def write_shape(shape: str, out: Path, dtype: str, shards: int, replace_it: bool = False) -> ModelConfig:
+def write_shape(config: ModelConfig, out: Path, dtype: str, shards: int, replace_it: bool = False) -> ModelConfig:
     tokenizer = TokenizerFiles.from_dict(meta_of(DEMO)["tokenizer"])
-    source = RandomSource(SHAPES[shape], tokenizer, dtype)
-    if source.config.vocabulary != SHAPES[shape].vocabulary:
+    source = RandomSource(config, tokenizer, dtype)
+    if source.config.vocabulary != config.vocabulary:
         click.echo(
-            f"{shape}: vocabulary {source.config.vocabulary} of the borrowed tokenizer instead of {SHAPES[shape].vocabulary}",
+            f"{config.name}: vocabulary {source.config.vocabulary} of the borrowed tokenizer instead of {config.vocabulary}",
             err=True,
         )
     write_model(source, out, dtype, shards, replace_it)
@@ -113,9 +113,25 @@ def write_shape(shape: str, out: Path, dtype: str, shards: int, replace_it: bool
 
 def shape_model(shape: str) -> Path:
     """The shape's model in models/, made if it is not there."""
-    path = ROOT / "models" / f"shape-{shape}.halo"
+    return _made(shape, SHAPES[shape])
+
+
+def weak_config(ranks: int) -> ModelConfig:
+    """A model whose width grows with the ranks: each has 3 heads, 1 KV head and 768 neurons of each of 15 layers, whatever their number.
+
+    Syncs and the length of their messages do not change, nor does the vocabulary, which the root scores.
+    """
+    return ModelConfig(f"weak shape of {ranks}", 15, 576, 3 * ranks, ranks, 64, 768 * ranks, 49152, 2048, 1e-5, 10000.0, tied=True)
+
+
+def weak_model(ranks: int) -> Path:
+    return _made(f"weak-{ranks}", weak_config(ranks))
+
+
+def _made(name: str, config: ModelConfig) -> Path:
+    path = ROOT / "models" / f"shape-{name}.halo"
     if not (path / MODEL_FILE).exists():
-        write_shape(shape, path, "int4", 4)
+        write_shape(config, path, "int4", 4)
     return path
 
 
@@ -126,7 +142,7 @@ def shape_model(shape: str) -> Path:
 @click.option("--shards", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--force", is_flag=True, help="Replace OUT.")
 def main(shape: str, out: Path, dtype: str, shards: int, force: bool) -> None:
-    config = write_shape(shape, out, dtype, shards, force)
+    config = write_shape(SHAPES[shape], out, dtype, shards, force)
     size = sum(path.stat().st_size for path in out.iterdir())
     click.echo(f"{out}: {config.name}, {config.parameters / 1e6:.0f} M random parameters as {dtype}, {size / 1e6:.0f} MB")
 

@@ -13,7 +13,7 @@ from halo_mpi.versions import version_option
 
 LOCAL = ("convert", "inspect")  # one process
 DISTRIBUTED = ("generate", "evaluate", "calibrate", "plan", "doctor")  # one process per rank, under mpirun
-WITHOUT_MPI = {"plan": ("--devices",), "doctor": ("--hostfile", "--examine")}  # options with which they are local
+WITHOUT_MPI = {"plan": ("--devices", "--profile"), "doctor": ("--hostfile", "--examine")}  # options with which they are local
 RANK = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"}  # one of these is in the environment of what mpirun or srun started
 COMPLETE = "_HALO_MPI_COMPLETE"  # click's own name for it
 

@@ -16,12 +16,13 @@ NEIGHBOURS = 6  # workers within a crew, and outside of it, that are tried in a 
 
 def crews(cluster: Cluster, every: int = EVERY_CREW, sizes: int = SIZES) -> list[tuple[int, ...]]:
     """The root with some of the workers. Of up to `every` workers all crews; of more, the best by link, or by link and speed: one,
-    two, and so on up to all of them."""
+    two, and so on up to all of them, or so many sizes, evenly spread, and each power of two."""
     workers = range(1, len(cluster.devices))
     if len(workers) <= every:
         return [(0, *crew) for size in range(len(workers) + 1) for crew in combinations(workers, size)]
     most = len(workers)
-    steps = range(most + 1) if most < sizes else sorted({round(step * most / (sizes - 1)) for step in range(sizes)} | {1})
+    doubled = {2**power for power in range(most.bit_length())}
+    steps = range(most + 1) if most < sizes else sorted({round(step * most / (sizes - 1)) for step in range(sizes)} | doubled)
     found = [(0, *sorted(order[:size])) for order in _orders(cluster) for size in steps]
     return list(dict.fromkeys(found))
 

@@ -28,7 +28,7 @@ REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest 
 PACKET_BYTES = 1448
 COPIES = 2
 KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
-PRINTED = {"model", "head", "chosen", "unstable", "options", "losses", "may_lose"}  # what `plan --json` says beside the devices
+PRINTED = {"model", "head", "chosen", "unstable", "options", "losses", "may_lose", "simulated"}  # beside the devices in `plan --json`
 EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"), ("mbit", "kb_ms"))
 MOST_DEVICES = 4096
 MOST = 1e9  # of any number here
@@ -39,13 +39,18 @@ def read_devices(path: Path, sizes: Sizes, context: int) -> Cluster:
 
     Raises InputError that names what is wrong.
     """
-    config = sizes.config
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is no JSON file ({' '.join(str(error).split())[:80]})") from error
+    return described(content, str(path), sizes, context)
+
+
+def described(content: object, source: str, sizes: Sizes, context: int) -> Cluster:
+    """The cluster that the content of such a file describes; `source`: what an InputError calls it."""
+    config = sizes.config
     entries = content.get("devices") if isinstance(content, dict) else None
     if (
         not isinstance(entries, list)
@@ -53,22 +58,23 @@ def read_devices(path: Path, sizes: Sizes, context: int) -> Cluster:
         or set(content) - {"devices", "sync_ms", "further_ms", "head_ms", "kb_ms"} - PRINTED
     ):
         raise InputError(
-            f'{path} must be {{"devices": [{{...}}, ...]}}, and may have "sync_ms", "further_ms", "head_ms" and "kb_ms"'
+            f'{source} must be {{"devices": [{{...}}, ...]}}, and may have "sync_ms", "further_ms", "head_ms" and "kb_ms"'
         )
     if content.get("model", config.name) != config.name:
-        raise InputError(f"{path} has the times of {content['model']}, not of {config.name}; plan for that, or give speeds")
+        raise InputError(f"{source} has the times of {content['model']}, not of {config.name}; plan for that, or give speeds")
     devices: list[Device] = []
     for number, entry in enumerate(entries):
-        where = f"{path}, device {number}"
+        where = f"{source}, device {number}"
         count = _checked(entry, where)
         if len(devices) + count > MOST_DEVICES:
-            raise InputError(f"{path}: more than {MOST_DEVICES} devices")
+            raise InputError(f"{source}: more than {MOST_DEVICES} devices")
         devices += [_device(entry, sizes, context, where)] * count
     vocabulary_ms = devices[0].ffn_ms * sizes.table().nbytes / _layer_bytes(sizes, context)[1]
-    further_ms = _number(content, "further_ms", str(path)) + COPIES * _message_ms(entries[0], config, f"{path}, device 0")
-    kb_ms = devices[0].kb_ms if content.get("kb_ms") is None else _number(content, "kb_ms", str(path))
-    head_ms = _number(content, "head_ms", str(path), vocabulary_ms)
-    return Cluster(devices, _number(content, "sync_ms", str(path)), further_ms, head_ms, kb_ms)
+    mbit = _number(entries[0], "mbit", f"{source}, device 0")
+    further_ms = _number(content, "further_ms", source) + COPIES * message_ms(mbit, config)
+    kb_ms = devices[0].kb_ms if content.get("kb_ms") is None else _number(content, "kb_ms", source)
+    head_ms = _number(content, "head_ms", source, vocabulary_ms)
+    return Cluster(devices, _number(content, "sync_ms", source), further_ms, head_ms, kb_ms)
 
 
 def _checked(entry: object, where: str) -> int:
@@ -96,9 +102,9 @@ def _device(entry: dict, sizes: Sizes, context: int, where: str) -> Device:
         whole = {name: _number(entry, name, where, least=1e-6) for name in ("attention_ms", "ffn_ms")}
     else:
         raise InputError(f"{where} needs a speed, or attention_ms and ffn_ms")
-    known["link_ms"] += 2 * _message_ms(entry, config, where)
+    known["link_ms"] += 2 * message_ms(_number(entry, "mbit", where), config)
     if "loss" in entry:
-        known |= {"late_rate": _late_rate(_number(entry, "loss", where, most=1), config), "late_ms": REPAIR_MS}
+        known |= {"late_rate": late_rate(_number(entry, "loss", where, most=1), config), "late_ms": REPAIR_MS}
     memory = None if entry.get("memory") is None else parse_size(str(entry["memory"])[:20])
     if entry.get("memory") is not None and memory is None:
         raise InputError(f"{where}: memory {str(entry['memory'])[:20]!r} is not a size; write for example 800M or 1.5G")
@@ -117,7 +123,7 @@ def _layer_bytes(sizes: Sizes, context: int) -> tuple[int, int]:
     return attention, shape_bytes(sizes.ffn(list(range(config.groups))))
 
 
-def _late_rate(loss: float, config: ModelConfig) -> float:
+def late_rate(loss: float, config: ModelConfig) -> float:
     """How often a request or its answer, each sent twice in f16, loses a packet of both copies."""
     packets = math.ceil(_message_bytes(config) / PACKET_BYTES)
     copy_lost = 1 - (1 - loss) ** packets
@@ -129,8 +135,8 @@ def _message_bytes(config: ModelConfig) -> int:
     return HEADER.itemsize + vector_bytes(config.hidden, "f16")
 
 
-def _message_ms(entry: dict, config: ModelConfig, where: str) -> float:
-    mbit = _number(entry, "mbit", where)
+def message_ms(mbit: float, config: ModelConfig) -> float:
+    """What such a message takes on a line of so many Mbit/s; nothing if that is 0, which stands for unknown."""
     return 8 * _message_bytes(config) / (mbit * 1e3) if mbit else 0.0
 
 
