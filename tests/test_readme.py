@@ -41,6 +41,13 @@ CLASS = {  # command: (class, on what it runs here, or why it does not)
     "halo-mpi convert Model.gguf models/model.halo --dtype int4 --shards 8": (NOT_HERE, "the file is the reader's own"),
     "bash launch/setup-pis.sh hostfiles/pis.txt models/smollm2-135m.halo": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
     "bash launch/setup-pis.sh hostfiles/pis.txt models/model.halo --spread": (NOT_HERE, "needs boards; tests/test_pis_lab.py makes some"),
+    "launch/halo-mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.doctor --model models/smollm2-135m.halo":
+        (QUICK, "a tiny model, the boards are this computer"),
+    "halo-mpi doctor --model models/smollm2-135m.halo": (QUICK, "a tiny model"),
+    "halo-mpi doctor --hostfile hostfiles/pis.txt --model models/smollm2-135m.halo":
+        (NOT_HERE, "needs boards; tests/test_doctor_hosts.py has some"),
+    "halo-mpi plan --shape llama-2-7b --profile pi5 --count 4": (QUICK, ""),
+    "halo-mpi plan --shape llama-2-70b --profile pi4 --sweep 8,16,64,256 --loss 0,0.02": (QUICK, ""),
     **dict.fromkeys([
         "sbatch --nodes=4 launch/slurm/generate.sbatch models/smollm2-135m.halo prompts.jsonl results.jsonl --max-tokens 200",
         "sbatch --nodes=2 --array=1-8 launch/slurm/generate.sbatch models/smollm2-135m.halo prompts.jsonl results.jsonl",
