@@ -92,6 +92,7 @@ def test_resume_skips_what_is_there_and_loses_and_repeats_nothing(light, tmp_pat
     essence = [[(r["id"], r["text"], r["token_ids"], r["finish_reason"]) for r in map(json.loads, path.read_text().splitlines())]
                for path in (whole, part)]  # fmt: skip
     assert essence[0] == essence[1] and len(essence[0]) == 4
+    assert report_of(1, "generate", tmp_path, *options, "--out", part, "--resume")["generated_tokens"] == 0
 
 
 def test_a_prompt_may_have_sampling_options_of_its_own(light, tmp_path):

@@ -121,6 +121,11 @@ def test_given_options_are_not_contradicted(with_fake):
     assert "ob1" not in line and "none" not in line
 
 
+def test_in_a_job_of_slurm_ranks_are_on_its_nodes_and_have_its_cores(with_fake):
+    line = with_fake("Open MPI 5", "--dry-run", "true", SLURM_JOB_NODELIST="pi[1-2]", SLURM_CPUS_PER_TASK="4").stdout
+    assert "--map-by node:OVERSUBSCRIBE" in line and "OMP_NUM_THREADS=4" in line and "-x OMP_NUM_THREADS" in line
+
+
 def test_own_thread_count_is_kept(with_fake):
     line = with_fake("Open MPI 5", "--dry-run", "-n", 2, "true", OMP_NUM_THREADS="2").stdout
     assert "OMP_NUM_THREADS=1" not in line and "-x OMP_NUM_THREADS" in line

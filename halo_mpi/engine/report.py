@@ -69,7 +69,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
         "tpot_ms": percentiles(tpot_ms, ("mean", "p50", "p95", "p99", "max")),
         "sync_ms": percentiles(ledger.sync_ms, ("p50", "p99", "max")),
         "tokens_per_s": round(1e3 / mean, 3) if mean else None,
-        "load_s": round(session.load_s, 3),
+        "load_s": None if session.load_s is None else round(session.load_s, 3),
         "ledger": ledger.to_dict(),
         "predictor": _predictor(session) if relaxed else None,
         "scheduler": _scheduler(session),
