@@ -25,6 +25,7 @@ from halo_mpi.store.encoding import DTYPES
 
 EXAMPLE = "Example: mpirun -hostfile hostfiles/pis.txt python -m halo_mpi.plan --model models/smollm2-135m.halo"
 BOARDS = click.IntRange(1, MOST_DEVICES)
+MOST_LOSS = 0.2  # repairs are lost too then, which the cost model does not count
 
 
 class Several(click.ParamType):
@@ -49,7 +50,7 @@ class Several(click.ParamType):
 @click.option("--count", type=BOARDS, help="With --profile: so many boards.")
 @click.option("--sweep", type=Several(BOARDS), help="With --profile: a table over numbers of boards, e.g. 8,16,64,256.")
 @click.option("--mbit", type=click.FloatRange(0, min_open=True), help="With --profile: of a board's line. Default: as published.")
-@click.option("--loss", type=Several(click.FloatRange(0, 1)), default="0",
+@click.option("--loss", type=Several(click.FloatRange(0, MOST_LOSS)), default="0",
               help="With --profile: of packets, per direction, e.g. 0.02; with --sweep also 0,0.02,0.05. Default: 0.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES),
               help="With --devices or --profile: of the weights. Default: the model's; of a shape, int4.")  # fmt: skip
