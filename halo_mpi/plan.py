@@ -29,6 +29,7 @@ Examples:
   halo-mpi plan --shape llama-2-70b --profile pi5 --sweep 8,16,64,256 --loss 0.02
 """
 BOARDS = click.IntRange(1, MOST_DEVICES)
+MOST_LOSS = 0.2  # repairs are lost too then, which the cost model does not count
 
 
 class Several(click.ParamType):
@@ -54,7 +55,7 @@ class Several(click.ParamType):
 @click.option("--sweep", type=Several(BOARDS), help="With --profile: a table over numbers of boards, e.g. 8,16,64,256.")
 @click.option("--mbit", type=click.FloatRange(0, min_open=True), metavar="MBIT", show_default="as published",
               help="With --profile: of a board's line.")  # fmt: skip
-@click.option("--loss", type=Several(click.FloatRange(0, 1)), default="0", show_default=True,
+@click.option("--loss", type=Several(click.FloatRange(0, MOST_LOSS)), default="0", show_default=True,
               help="With --profile: of packets, per direction, e.g. 0.02; with --sweep also 0,0.02,0.05.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), show_default="the model's; of a shape, int4",
               help="With --devices or --profile: storage of the weights.")  # fmt: skip

@@ -1,6 +1,8 @@
 """Tables of scaling and of predictions against measurements."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -12,6 +14,7 @@ from bench.splits import fitted, planned, split
 from halo_mpi.model.shapes import SHAPES
 from halo_mpi.schedule.cost import Device
 from halo_mpi.schedule.profiles import PROFILES
+from tests.mpi import ROOT
 from tests.test_bench import run_of, scaling_run
 
 SMOLLM2 = SHAPES["smollm2-135m"]
@@ -108,3 +111,22 @@ def test_published_times_are_a_result_with_a_place_on_the_page(tmp_path):
     assert CliRunner().invoke(published.main, ["--json", str(tmp_path / "published.json")], standalone_mode=False).exit_code == 0
     content = json.loads((tmp_path / "published.json").read_text())
     assert content["complete"] and report.kind_of(content).title == "Published and simulated"
+
+
+@pytest.mark.slow
+@pytest.mark.lab
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("program, options, runs", [
+    ("validation", ("--scenes", "clean-4,hot-pi"), 4),
+    ("scaling", ("--cases", "wired", "--ranks", "1,2"), 3),
+])  # fmt: skip
+def test_predictions_are_measured_in_the_lab(can, smollm2, tmp_path, program, options, runs):
+    can("kernel")
+    out, png = tmp_path / "r.json", tmp_path / "r.png"
+    command = [sys.executable, "-m", f"bench.{program}", *options, "--model", smollm2("int4"), "--repeats", "1", "--seconds", "1"]
+    done = subprocess.run(list(map(str, [*command, "--json", out, "--plot", png])), cwd=ROOT, capture_output=True, text=True, timeout=140)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert content["complete"] and [run["status"] for run in content["runs"]] == ["ok"] * runs
+    told = {"validation": validation.table, "scaling": scaling.table}[program](content).rows[-1]
+    assert float(told[-1]) > 0 and png.stat().st_size > 1000

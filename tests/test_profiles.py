@@ -97,6 +97,7 @@ def test_a_sweep_as_json_has_its_points_and_figures():
     (("--profile", "pi4", "--count", "2", "--loss", "0,0.1"), "several values of --loss are for --sweep"),
     (("--profile", "pi4", "--count", "2", "--devices", "F"), "either --devices FILE or --profile NAME"),
     (("--devices", "F", "--mbit", "100"), "--mbit and --loss are for --profile"),
+    (("--profile", "pi4", "--sweep", "2", "--loss", "0.5"), "0.5 is not in the range 0<=x<=0.2"),
     (("--profile", "pi4", "--sweep", "2,x"), "'x' is not a valid integer"),
     (("--profile", "pi4", "--count", "1", "--memory", "1G"), "no shares were found that the devices' memory holds"),
 ])  # fmt: skip
