@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from halo_mpi.cli import run_command
-from halo_mpi.engine.options import Size, default_run, threads_option
+from halo_mpi.engine.options import SizeByRank, default_run, of_rank, threads_option
 from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import sizes_of
@@ -61,9 +61,9 @@ class Several(click.ParamType):
               help="With --devices or --profile: storage of the weights.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, metavar="C",
               help="Tokens that the KV cache must hold.")  # fmt: skip
-@click.option("--memory", type=Size(), show_default="what is free; with --profile as published",
-              help="Most memory for weights and KV cache of one rank, e.g. 800M; what it does not hold is planned to be read from disk at "
-                   "every token. With --profile it must hold all.")  # fmt: skip
+@click.option("--memory", type=SizeByRank(), show_default="what is free; with --profile as published",
+              help="Most memory for weights and KV cache of one rank, e.g. 800M, or 2G,800M: of rank 0, and of each other; what it does not "
+                   "hold is planned to be read from disk at every token. With --profile one size, which must hold all.")  # fmt: skip
 @threads_option
 @click.option("--json", "wanted", is_flag=True, help="Print one JSON object; its devices are a file for --devices.")
 @click.option("--verbose", is_flag=True, help="Show a traceback if something fails.")
@@ -71,7 +71,7 @@ class Several(click.ParamType):
 @click.pass_obj
 def plan(comm, model: Path | None, shape: str | None, file: Path | None, profile: str | None, count: int | None,
          sweep: tuple[int, ...] | None, mbit: float | None, loss: tuple[float, ...], dtype: str | None, context: int,
-         memory: int | None, threads: int | None, wanted: bool, verbose: bool) -> None:  # fmt: skip
+         memory: tuple[int, ...] | None, threads: int | None, wanted: bool, verbose: bool) -> None:  # fmt: skip
     """Show who would compute what, why, and the time per token that strict mode would take.
 
     The devices are measured in about a second, or read from a file: {"devices": [{"name": "pi5", "speed": 8.0, "memory": "6G"}, {"name":
@@ -91,6 +91,8 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, profile
             raise UsageError("--profile needs either --count N or --sweep N,...")
         if not profile and (count or sweep or mbit or any(loss)):
             raise UsageError("--count, --sweep, --mbit and --loss are for --profile")
+        if profile and memory and len(memory) > 1:
+            raise UsageError("--memory: all boards of a --profile are alike; give one size")
         if count and len(loss) > 1:
             raise UsageError("several values of --loss are for --sweep")
         if shape and not file and not profile:
@@ -105,7 +107,7 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, profile
         sizes = sizes_of(SHAPES[shape], dtype or "int4") if shape else _sizes_of_model(model, dtype)
         context = min(context, sizes.config.context)
         if sweep:
-            points = list(sweep_of(PROFILES[profile], sweep, loss, sizes, context, mbit=mbit, memory=memory))
+            points = list(sweep_of(PROFILES[profile], sweep, loss, sizes, context, mbit=mbit, memory=of_rank(memory, 0)))
             if wanted:
                 click.echo(json.dumps(sweep_as_json(profile, PROFILES[profile], sizes, points)))
             else:
@@ -113,7 +115,7 @@ def plan(comm, model: Path | None, shape: str | None, file: Path | None, profile
             return
         config, work = sizes.config, Work.of(sizes, context)
         if profile:
-            cluster = simulated(PROFILES[profile], count, sizes, context, mbit, loss[0], memory)
+            cluster = simulated(PROFILES[profile], count, sizes, context, mbit, loss[0], of_rank(memory, 0))
         else:
             cluster = read_devices(file, sizes, context)
         advice = advise(cluster, work, calibrated=False)

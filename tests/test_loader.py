@@ -142,6 +142,18 @@ def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ra
 
 
 @pytest.mark.mpi
+def test_each_rank_may_have_a_memory_of_its_own(deep, tmp_path):
+    options = ["--model", deep, *PROMPT, *EVEN, "--wire", "f32"]
+    held = report_of(3, "generate", tmp_path, *options)
+    least = min(device["weights_bytes"] for device in held["devices"][1:]) * 3 // 4
+    report = report_of(3, "generate", tmp_path, *options, "--memory", f"1G,2G,{least}")
+    assert [bool(device["streamed_bytes"]) for device in report["devices"]] == [False, False, True]
+    assert report["devices"][2]["resident_bytes"] <= least and report["token_ids"] == held["token_ids"]
+    report = report_of(3, "generate", tmp_path, *options, "--memory", f"1G,{least}")
+    assert [bool(device["streamed_bytes"]) for device in report["devices"]] == [False, True, True]
+
+
+@pytest.mark.mpi
 def test_the_least_memory_is_told_and_suffices(deep, tmp_path):
     told = halo(2, "generate", "--model", deep, *PROMPT, "--memory", "1K")
     (line,) = told.complaints

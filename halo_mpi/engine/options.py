@@ -28,6 +28,19 @@ class Size(click.ParamType):
         return size
 
 
+class SizeByRank(click.ParamType):
+    """One size, or several with commas between: of rank 0, rank 1, ..., the last of all further ranks too. A tuple."""
+
+    name = "SIZE[,SIZE...]"
+
+    def convert(self, value, param, ctx):
+        return value if isinstance(value, tuple) else tuple(Size().convert(each, param, ctx) for each in str(value).split(","))
+
+
+def of_rank(sizes: tuple[int, ...] | None, rank: int) -> int | None:
+    return None if sizes is None else sizes[min(rank, len(sizes) - 1)]
+
+
 @dataclass(frozen=True, slots=True)
 class SyncOptions:
     """How long the root waits for the workers, and what is done against waiting."""
@@ -60,7 +73,7 @@ class RunOptions:
     placement: str
     head: str  # auto, root or split
     moves: bool
-    memory: int | None  # bytes per rank, weights and KV cache; what they do not hold is read at every token
+    memory: tuple[int, ...] | None  # bytes by rank (see of_rank), weights and KV cache; what they do not hold is read at every token
     threads: int | None
     load_first: bool
     report: Path | None
@@ -144,9 +157,9 @@ _OPTIONS = (
     click.option("--moves/--no-moves", default=True, show_default=True,
                  help="With --placement auto: work moves to other ranks while text flows, if a device or its link becomes slow or lossy, "
                       "and back when it recovers."),
-    click.option("--memory", type=Size(), show_default="everything is held",
-                 help="Most memory for weights and KV cache of one rank, e.g. 800M. Weights that it does not hold are read from disk at "
-                      "every token, ahead of their turn."),
+    click.option("--memory", type=SizeByRank(), show_default="everything is held",
+                 help="Most memory for weights and KV cache of one rank, e.g. 800M, or 2G,800M: of rank 0, and of each other. Weights that "
+                      "it does not hold are read from disk at every token, ahead of their turn."),
     click.option("--load-first", is_flag=True,
                  help="Read all weights before the first prompt, not while it is computed; for measurements."),
     threads_option,
@@ -190,7 +203,7 @@ def run_options(command: Callable) -> Callable:
     return with_run
 
 
-def default_run(model: Path, memory: int | None, threads: int | None, verbose: bool) -> RunOptions:
+def default_run(model: Path, memory: tuple[int, ...] | None, threads: int | None, verbose: bool) -> RunOptions:
     """A run with the default of every other option."""
 
     @click.command()

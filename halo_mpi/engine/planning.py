@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def measure(session: Session) -> Cluster | None:
     """What devices and links can do, on the root (collective)."""
     free = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
-    budget, store = session.run.memory, session.store
+    budget, store = session.memory, session.store
     reads = (
         budget is not None and budget <= free
     )  # what is over its budget a rank reads from disk; there is none for what is free

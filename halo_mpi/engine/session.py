@@ -23,7 +23,7 @@ from halo_mpi.engine.last_words import device_of, last_words
 from halo_mpi.engine.machine import share_cores, survives_ends, this_machine
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.monitor import Monitor
-from halo_mpi.engine.options import RunOptions, SyncOptions
+from halo_mpi.engine.options import RunOptions, SyncOptions, of_rank
 from halo_mpi.engine.parting import Parting
 from halo_mpi.engine.planning import Basis, plan_head, plan_run
 from halo_mpi.engine.predictor import make_predictor
@@ -80,6 +80,11 @@ class Session:
         )
         self.together(self.kernel.prepare, patient=True)
         self.tokenizer = self.on_root(lambda: Tokenizer(TokenizerFiles.from_dict(self.store.meta["tokenizer"])))
+
+    @property
+    def memory(self) -> int | None:
+        """This rank's --memory, in bytes."""
+        return of_rank(self.run.memory, self.comm.rank)
 
     def on_root(self, step: Callable[[], T]) -> T | None:
         """Run `step` on the root alone; if it fails, all ranks end (collective). None on the workers."""
@@ -211,7 +216,7 @@ class Session:
         if not self._may_move() and not self.run.sync.takeover_ms:
             return False
         needed = self._history_bytes()
-        fits = needed <= HISTORY_PART * (self.run.memory or available_bytes())
+        fits = needed <= HISTORY_PART * (self.memory or available_bytes())
         if not fits:
             self.event(
                 f"work will not move, and if a worker is lost the text is computed again: what is needed else for {self.context} tokens, "

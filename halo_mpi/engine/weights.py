@@ -47,8 +47,8 @@ class Weights:
             cache += session.kept_bytes
         if is_root and run.sync.mode == "relaxed":
             beside = predictor_bytes(store, config, session.plan, session.uses_calibration)
-        budget = None if run.memory is None else run.memory - beside - cache
-        room = None if run.memory is None else run.memory - beside - vocabulary - (session.kept_bytes if is_root else 0)
+        budget = None if session.memory is None else session.memory - beside - cache
+        room = None if session.memory is None else session.memory - beside - vocabulary - (session.kept_bytes if is_root else 0)
         residence, blocks = _reside(parts, None if budget is None else budget - vocabulary), []
         self.head_rows = _head_rows(session, residence, vocabulary + beside + cache)
         start, stop = ranges(self.head_rows)[session.comm.rank]
@@ -116,8 +116,8 @@ def _head_rows(session: Session, residence: Residence, beside: int) -> list[int]
     if not any(planned[1:]):
         return planned
     budget = free_bytes(session.ranks_on_host, session.kernel.program_bytes)
-    if session.run.memory is not None:
-        budget = min(budget, session.run.memory)
+    if session.memory is not None:
+        budget = min(budget, session.memory)
     needed = residence.nbytes + beside + (shape_bytes(session.kernel.sizes.scores(planned[rank])) if rank else 0)
     fits = gather(session.comm, not residence.streamed_bytes and needed <= budget)
     if session.is_root:
@@ -128,7 +128,7 @@ def _head_rows(session: Session, residence: Residence, beside: int) -> list[int]
 
 def _check(session: Session, weights: int, cache: int) -> None:
     resident = psutil.Process().memory_info().rss
-    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.run.memory,
+    mine = Need(session.comm.rank, session.host, session.machine, weights, cache, resident, available_bytes(), session.memory,
                 session.kernel.program_bytes)  # fmt: skip
     needs = gather(session.comm, {name: getattr(mine, name) for name in Need.__slots__})
     session.on_root(lambda: check_memory([Need(**need) for need in needs], session.context))
