@@ -42,6 +42,16 @@ generate() {
         prompts="$results.prompts"
         [ -s "$prompts" ] || { echo "halo_mpi: more tasks than prompts: nothing to do for task $task" >&2; return 0; }
     fi
+    local before code=0
+    before=$(state_of "$results")
     run_in_time python -m halo_mpi.generate --model "$model" --prompts "$prompts" --out "$results" --resume \
-        --checkpoint "$results.checkpoint" "$@"
+        --checkpoint "$results.checkpoint" "$@" || code=$?
+    if [ "$code" = 143 ] && [ "$before" = "$(state_of "$results")" ]; then
+        echo "halo_mpi: not one token was written in the time that there was; give the job more" >&2
+        return 1
+    fi
+    return "$code"
 }
+
+# What would change with every token.
+state_of() { cat "$1" "$1.checkpoint" 2>/dev/null | cksum; }

@@ -18,6 +18,7 @@ LAUNCHER = """#!/bin/sh
 printf '%s\\n' "$@" >"$SAID"
 while [ "$1" != -hostfile ]; do shift; done
 cat "$2" >"$SAID.hosts"
+[ -z "$WRITES" ] || echo token >>"$WRITES"
 [ -z "$SLEEP_S" ] || { trap 'kill $!; exit 143' TERM; sleep "$SLEEP_S" & wait; }
 exit "${CODE:-0}"
 """
@@ -88,13 +89,20 @@ def test_tasks_of_an_array_share_all_prompts(submit, prompts, tmp_path):
 
 
 def test_a_slurm_job_out_of_time_is_queued_again(submit, prompts, tmp_path):
-    code, _, err = submit("launch/slurm/generate.sbatch", "m", prompts, "out.jsonl", SLEEP_S=15, WORK_S=0.5)
+    end = {"SLEEP_S": 15, "WORK_S": 0.5, "WRITES": tmp_path / "out.jsonl.checkpoint"}
+    code, _, err = submit("launch/slurm/generate.sbatch", "m", prompts, "out.jsonl", **end)
     assert code == 143 and "queued again" in err
     assert (tmp_path / "said.requeued").read_text() == "requeue 7\n"
 
 
-def test_a_pbs_job_ends_before_its_time(submit, prompts):
-    code, _, err = submit("launch/pbs/generate.pbs", MODEL="m", PROMPTS=prompts, RESULTS="out.jsonl", SLEEP_S=15, WORK_S=0.5)
+def test_a_job_that_never_has_time_for_a_token_is_not_queued_for_ever(submit, prompts, tmp_path):
+    code, _, err = submit("launch/slurm/generate.sbatch", "m", prompts, "out.jsonl", SLEEP_S=15, WORK_S=0.5)
+    assert code == 1 and "not one token" in err and not (tmp_path / "said.requeued").exists()
+
+
+def test_a_pbs_job_ends_before_its_time(submit, prompts, tmp_path):
+    end = {"SLEEP_S": 15, "WORK_S": 0.5, "WRITES": tmp_path / "out.jsonl"}
+    code, _, err = submit("launch/pbs/generate.pbs", MODEL="m", PROMPTS=prompts, RESULTS="out.jsonl", **end)
     assert code == 143 and "it goes on" in err
 
 
