@@ -1,5 +1,6 @@
 """What several test files share: models, converted once, and what laboratories this machine can have."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.launched import TEXT, Launched
 from tests.mpi import ROOT, halo, mpi_is_open_mpi, succeed
 from tests.tiny_models import TINY, write_tiny_hf
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, also by what is started here
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
