@@ -15,6 +15,19 @@ take_slurm_hosts() {
         awk -v ranks="${SLURM_NTASKS_PER_NODE:-1}" '{ for (i = 0; i < ranks; i++) print }' | take_hosts
 }
 
+# This job, or this task of an array: the number of an array's last task means the whole array.
+slurm_job() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" | grep . || echo "$SLURM_JOB_ID"; }
+
+# Sets WORK_S so that the work ends BEFORE_END seconds (60) before the job's time limit. Slurm's own --signal came 20 s late in tests, and once,
+# after the job had been queued again, not at all.
+mind_slurms_limit() {
+    local end
+    end=$(scontrol -o show job "$(slurm_job)" | sed -n 's/.* EndTime=\([0-9][^ ]*\).*/\1/p')
+    [ -n "$end" ] || return 0
+    WORK_S=$(($(date -d "$end" +%s) - $(date +%s) - ${BEFORE_END:-60}))
+    [ "$WORK_S" -ge 1 ] || WORK_S=1
+}
+
 # run_in_time COMMAND ...: its exit code; 143 if it was asked to end, which SIGTERM for this script does, and WORK_S seconds, if set.
 # A lost host is the batch system's to replace: it queues the job again, so halo-mpirun does not start it again itself.
 run_in_time() {

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ cat "$2" >"$SAID.hosts"
 [ -z "$SLEEP_S" ] || { trap 'kill $!; exit 143' TERM; sleep "$SLEEP_S" & wait; }
 exit "${CODE:-0}"
 """
-TOOLS = {"scontrol": '#!/bin/sh\n[ "$2" = hostnames ] && printf "a1\\na2\\n" || echo "$@" >"$SAID.requeued"\n'}
+SCONTROL = """#!/bin/sh
+case "$*" in
+*hostnames*) printf 'a1\\na2\\n' ;;
+*show*) echo "JobId=7 EndTime=${ENDS:-Unknown} Deadline=N/A" ;;
+*) echo "$@" >"$SAID.requeued" ;;
+esac
+"""
+TOOLS = {"scontrol": SCONTROL}
 
 
 @pytest.fixture
@@ -93,6 +101,14 @@ def test_a_slurm_job_out_of_time_is_queued_again(submit, prompts, tmp_path):
     code, _, err = submit("launch/slurm/generate.sbatch", "m", prompts, "out.jsonl", **end)
     assert code == 143 and "queued again" in err
     assert (tmp_path / "said.requeued").read_text() == "requeue 7\n"
+
+
+def test_a_slurm_job_minds_its_limit_and_a_task_requeues_itself_alone(submit, prompts, tmp_path):
+    task = {"SLURM_JOB_ID": 15, "SLURM_ARRAY_JOB_ID": 15, "SLURM_ARRAY_TASK_ID": 3, "SLURM_ARRAY_TASK_MIN": 1, "SLURM_ARRAY_TASK_COUNT": 3}
+    ends = (datetime.now() + timedelta(seconds=61.5)).isoformat(timespec="seconds")
+    written = tmp_path / "out-3-of-3.jsonl"
+    code, _, err = submit("launch/slurm/generate.sbatch", "m", prompts, tmp_path / "out.jsonl", ENDS=ends, SLEEP_S=15, WRITES=written, **task)
+    assert code == 143 and (tmp_path / "said.requeued").read_text() == "requeue 15_3\n", err
 
 
 def test_a_job_that_never_has_time_for_a_token_is_not_queued_for_ever(submit, prompts, tmp_path):

@@ -51,12 +51,12 @@ def undisturbed(light, file, folder, tokens: int) -> dict:
 def test_a_job_that_is_cut_off_and_then_runs_out_of_time_goes_on_where_it_was(slurm, light, tmp_path):
     file, out, log = prompts(tmp_path, 60), tmp_path / "out.jsonl", tmp_path / "job.log"
     job = ("--nodes=2", "--output", log, "launch/slurm/generate.sbatch", light, file, out, "--max-tokens", 120, *PLACED)
-    cut_off = slurm.submit("--time=1", "--signal=B:CONT@10", *job)  # nobody tells it
+    cut_off = slurm.submit("--time=1", "--export=ALL,BEFORE_END=-600", *job)  # it does not mind its limit
     assert slurm.end_of(cut_off, 200) == "TIMEOUT"
     first = texts(out)
     assert 0 < len(first) < 60, "it was done before its time was over"
     print(f"{len(first)} of 60 texts are there")
-    told = slurm.submit("--time=2", "--signal=B:TERM@90", *job)
+    told = slurm.submit("--time=2", "--export=ALL,BEFORE_END=80", *job)
     assert slurm.end_of(told, 500) == "COMPLETED", log.read_text()
     print(f"{len(texts(out))} of 60 texts are there; the jobs' output:\n{log.read_text()}")
     assert "out of time; queued again" in log.read_text() and re.search(r"Restarts=[1-9]", slurm.run("scontrol", "-o", "show", "job", told))
