@@ -70,6 +70,12 @@ class Commands(click.Group):
             return getattr(importlib.import_module(f"halo_mpi.{name}"), name)
         return super().get_command(context, name)
 
+    def resolve_command(self, context: click.Context, arguments: list[str]) -> tuple:
+        name = arguments[0]
+        if not context.resilient_parsing and not name.startswith("-") and self.get_command(context, name) is None:
+            raise click.UsageError(f"There is no command {name!r}, only {', '.join(self.list_commands(context))}.")
+        return super().resolve_command(context, arguments)
+
 
 EXAMPLES = """\b
 Examples:

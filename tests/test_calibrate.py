@@ -142,7 +142,7 @@ def test_late_answers_are_estimated_and_all_is_accounted_for(calibrated, tmp_pat
 
 
 @mpi
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_ranks_find_what_one_finds(plain, tmp_path, ranks):
     found = []
     for count in (1, ranks):

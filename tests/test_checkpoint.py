@@ -117,7 +117,7 @@ def cut(kept: Path, tiny, *more) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("how", ["greedy", "sampled", "sampled without a seed"])
+@pytest.mark.parametrize("how", [pytest.param("greedy", marks=pytest.mark.slow), "sampled", pytest.param("sampled without a seed", marks=pytest.mark.slow)])
 def test_a_text_goes_on_as_it_would_have(tiny, tmp_path, how):
     kept = tmp_path / "c.json"
     more = {"greedy": (), "sampled": ("--temperature", 1.2, "--seed", 7), "sampled without a seed": ("--temperature", 1.2)}[how]

@@ -15,7 +15,7 @@ TOKENS = 64  # of the texts without faults
 FEWER_TOKENS = {"flapping": 64, "loss-10": 8, "two-bad-of-eight": 2}  # else 16: a loss costs 0.2 s and more
 PACED = {"flapping": 10.0}  # ms per sync: so that the text takes as long as it is until the link goes down
 HARMLESS = sorted(file.stem for file in SCENARIOS.glob("*.toml") if '"kill"' not in file.read_text())
-MORE = ("clean-8", "loss-1", "loss-5", "bursts", "hot-later")  # like others that are in the fast tier
+MORE = ("clean-8", "loss-1", "loss-5", "bursts", "hot-later", "two-bad-of-eight")  # like others that are in the fast tier
 
 
 def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: str = "The dog",

@@ -111,7 +111,7 @@ def test_a_text_that_repeats_itself_takes_fewer_passes_and_is_the_same(deep, pla
     assert counts.accepted > 0 and counts.passes < len(text) - 1
 
 
-@generated(4)
+@generated(2)
 @given(slow_links, stalls, st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8), st.booleans())
 def test_right_and_wrong_guesses_change_nothing(deep, plain, delays, stalls, guessed, greedy):
     simulation = Simulation(deep, RANKS, STRICT, delays, stalls, CONTEXT, keeps=True)

@@ -46,7 +46,7 @@ def variants(tmp_path_factory) -> dict:
     return result
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
 def test_logits_are_those_of_transformers_on_any_number_of_ranks(variants, ranks, tmp_path):
     jobs = [
         {"model": str(model), "ids": IDS, "out": str(tmp_path / f"{number}.npz")}

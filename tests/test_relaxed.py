@@ -102,7 +102,7 @@ def test_what_is_late_is_dropped_if_so_told(deep, strict, tmp_path, ranks):
 
 
 @mpi
-@pytest.mark.parametrize("wire, tolerance", [("f32", 1e-6), ("q8", 0.02)])
+@pytest.mark.parametrize("wire, tolerance", [("f32", 1e-6), pytest.param("q8", 0.02, marks=pytest.mark.slow)])
 def test_evaluate_gives_nearly_the_perplexity_of_one_rank(deep, tmp_path, wire, tolerance):
     (tmp_path / "text.txt").write_text(
         "It is a truth universally acknowledged, that the quick brown fox jumps over the dog. " * 2

@@ -78,13 +78,13 @@ def test_logits_of_the_first_32_positions(smollm2, reference, tokenizer, ranks, 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=SLOW), 3])
 def test_perplexity_is_that_of_transformers(smollm2, reference, tokenizer, ranks, tmp_path):
     (tmp_path / "text").write_text(TEXT)
-    options = ("--text", tmp_path / "text", "--tokens", 250, "--context", 160, "--logprobs", tmp_path / "scores.npy")
+    options = ("--text", tmp_path / "text", "--tokens", 130, "--context", 100, "--logprobs", tmp_path / "scores.npy")
     report = report_of(ranks, "evaluate", tmp_path, "--model", smollm2("f32"), "--wire", "f32", *options, timeout=300)
-    ids = tokenizer.encode(TEXT, special=False)[:250]
-    assert len(ids) == 250
-    assert report["perplexity"] == pytest.approx(reference.perplexity(ids, 160), rel=1e-3)
+    ids = tokenizer.encode(TEXT, special=False)[:130]
+    assert len(ids) == 130
+    assert report["perplexity"] == pytest.approx(reference.perplexity(ids, 100), rel=1e-3)
     scores = np.load(tmp_path / "scores.npy")
-    assert scores.dtype == np.float32 and len(scores) == report["scored_tokens"] == 250 - 2
+    assert scores.dtype == np.float32 and len(scores) == report["scored_tokens"] == 130 - 2
     assert np.exp(-scores.mean()) == pytest.approx(report["perplexity"], rel=1e-5)
 
 
