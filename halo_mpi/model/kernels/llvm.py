@@ -18,7 +18,7 @@ COMPILED = ModelConfig("compiled", 1, 32, 1, 1, 16, 32, 32, 2, 1e-5, 10000.0, ti
 class Compiled:
     """The kernel `llvm`. `dtype`: of the layers' weights, int4 or int8, `down_dtype`: of down if another; the vocabulary's are int8."""
 
-    name = "llvm"
+    name, copies = "llvm", True
     program_bytes = 270 * 2**20  # interpreter, LLVM and MPI: 188 to 220 MiB (rss_bytes - weights_bytes in reports), 265 where it compiles
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32", down_dtype: str | None = None):

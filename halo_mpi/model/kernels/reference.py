@@ -14,7 +14,7 @@ from halo_mpi.model.sizes import Shape, Sizes
 class Reference:
     """The kernel of this name."""
 
-    name, isa = "reference", "torch"
+    name, isa, copies = "reference", "torch", True
     program_bytes = 320 * 2**20  # interpreter, torch and MPI: 284 to 324 MB (rss_bytes - weights_bytes in reports)
 
     def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
