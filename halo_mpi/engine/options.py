@@ -140,8 +140,9 @@ _OPTIONS = (
                  help="relaxed: predict importance and late answers by what `halo-mpi calibrate` found, if the model was calibrated. "
                       "--placement auto goes by it in any case."),
     click.option("--kernel", type=click.Choice(KERNELS), default="auto", show_default=True,
-                 help="What multiplies. llvm: code compiled for this processor, for int4 and int8 models. reference: torch in f32, exact "
-                      "and slow. auto: llvm where it works."),
+                 help="What multiplies. llvm: code compiled for this processor, for int4 and int8 models. torch: 4-bit blocks and "
+                      "bf16 by PyTorch, for any model. reference: PyTorch in f32, exact and slow. auto: of int4 and int8 models llvm, or where "
+                      "it does not work the quicker one of the others, which is measured once; of others the reference."),
     click.option("--cache", type=click.Choice(["auto", "f32", "f16"]), default="auto", show_default=True,
                  help="Numbers of the KV cache. f16 takes half the memory, and half the reading in long texts. auto: f16, but f32 with "
                       "--kernel reference."),

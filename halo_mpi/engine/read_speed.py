@@ -25,8 +25,7 @@ def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float
         return None
     config, layout, entries = kernel.sizes.config, store.layout(table), sorted(store.entries(table))
     parts = [part for part in layout.parts.values() if not part.name.endswith(".bias")]
-    tiled = kernel.sizes.dtype != "f32"
-    matrices = {part.name: Shape((part.rows, part.columns), part.dtype if tiled else "f32") for part in parts}
+    matrices = {part.name: Shape((part.rows, part.columns), kernel.sizes.dtype_of(part.name)) for part in parts}
     rooms = {name: kernel.make(shape) for name, shape in matrices.items()}
     runs = [entries[first : first + TOGETHER] for first in range(0, len(entries), TOGETHER)]
     first_layer, first_run = rank * config.layers // ranks, rank * len(runs) // ranks

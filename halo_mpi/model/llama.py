@@ -39,7 +39,7 @@ class Share:
 
     def attention(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """Partial sum of the own query heads, [T, D], for the normed input x [T, D]; appends K and V at `position`."""
-        return F.linear(self.mix(layer, x, position), self.layers[layer].o)
+        return self.product(self.mix(layer, x, position), self.layers[layer].o)
 
     def mix(self, layer: int, x: torch.Tensor, position: int) -> torch.Tensor:
         """What the own query heads read, before o: [T, heads * head_dim], for the normed input x [T, D]; appends K and V."""
@@ -47,7 +47,7 @@ class Share:
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
         self.filled = max(self.filled, end)
-        qkv = F.linear(x, weights.qkv, weights.qkv_bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
+        qkv = self.product(x, weights.qkv, weights.qkv_bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
         heads = len(qkv) - 2 * kv_heads
         rotated = self._rotate(qkv[: heads + kv_heads], position)
         keys[:, position:end] = rotated[heads:]
@@ -66,21 +66,25 @@ class Share:
         tokens, dim, end = len(x), self.config.head_dim, position + len(x)
         kv_heads = len(weights.runs)
         self.filled = max(self.filled, end)
-        rows = slice(len(weights.qkv) - 2 * kv_heads * dim, None)
-        bias = None if weights.qkv_bias is None else weights.qkv_bias[rows]
-        kv = F.linear(x, weights.qkv[rows], bias).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
+        first = weights.qkv.shape[0] - 2 * kv_heads * dim
+        bias = None if weights.qkv_bias is None else weights.qkv_bias[first:]
+        kv = self.product(x, weights.qkv, bias, first).view(tokens, -1, dim).transpose(0, 1)  # [heads, T, dim]
         keys[:, position:end] = self._rotate(kv[:kv_heads], position)
         values[:, position:end] = kv[kv_heads:]
 
     def ffn(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """Partial sum of the own FFN neurons, [T, D], for the normed input x [T, D]."""
-        return F.linear(self.activations(layer, x), self.layers[layer].down)
+        return self.product(self.activations(layer, x), self.layers[layer].down)
 
     def activations(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """What the own FFN neurons say, before down: [T, neurons], for the normed input x [T, D]."""
         weights = self.layers[layer]
-        gate, up = F.linear(x, weights.gate_up, weights.gate_up_bias).chunk(2, -1)
+        gate, up = self.product(x, weights.gate_up, weights.gate_up_bias).chunk(2, -1)
         return F.silu(gate) * up
+
+    def product(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
+        """[T, rows] for x [T, columns], by a matrix's rows from `first` on."""
+        return F.linear(x, matrix[first:], bias)
 
     def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """Rotary embedding of [heads, T, dim], pairing value i with value i + dim / 2 as Hugging Face does."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from halo_mpi.model.config import ModelConfig
-from halo_mpi.model.kernels.kernel import Kernel
+from halo_mpi.model.kernels.kernel import Copied, Kernel, OwnForm
 from halo_mpi.model.kernels.tiles import Tiles, stored_tiles
 from halo_mpi.model.layer_weights import LayerWeights, runs_of
 from halo_mpi.model.records import VOCABULARY_BLOCK, vocabulary_blocks
@@ -76,6 +76,7 @@ def attention_part(
     store: ModelStore, kernel: Kernel, layer: int, query_heads: list[int], weights: LayerWeights, held: Held = NOTHING
 ) -> Part:
     """What reads query heads (ascending) of a layer, and their KV heads, into `weights`."""
+    held = held if kernel.copies else NOTHING
     weights.runs = runs_of(query_heads, kernel.sizes.config.heads_per_kv)[1]
     shapes = kernel.sizes.attention(query_heads, set(store.meta["biases"]))
     return Part(weights, shapes, partial(read_attention, store, kernel, layer, query_heads, weights, held), kernel)
@@ -85,6 +86,7 @@ def ffn_part(
     store: ModelStore, kernel: Kernel, layer: int, groups: list[int], weights: LayerWeights, held: Held = NOTHING
 ) -> Part:
     """What reads FFN groups of a layer into `weights`."""
+    held = held if kernel.copies else NOTHING
     shapes = kernel.sizes.ffn(groups, set(store.meta["biases"]))
     return Part(weights, shapes, partial(read_ffn, store, kernel, layer, groups, weights, held), kernel)
 
@@ -216,6 +218,8 @@ def fill(matrix: Any, rows: slice, columns: slice, layout: RecordLayout, record:
         source = stored_tiles(layout.bytes_of(record, name), stored.rows, stored.columns, stored.dtype)
         (down, across), above = target.scale.shape[:2], skipped // TILE_ROWS
         target.put(source.part(slice(above, above + down), slice(0, across)))
+    elif isinstance(matrix, OwnForm):
+        matrix.write(rows, columns, layout, record, name, skipped)
     else:
         values = layout.unpack(record, name)
         np.asarray(matrix)[rows, columns] = values[skipped : skipped + rows.stop - rows.start, : columns.stop - columns.start]
@@ -225,6 +229,8 @@ def copy(matrix: Any, rows: slice, columns: slice, other: Any, other_rows: slice
     """Write a part of one matrix into another of the same kind."""
     if isinstance(matrix, Tiles):
         _tiles(matrix, rows, columns).put(_tiles(other, other_rows, other_columns))
+    elif isinstance(matrix, Copied):
+        matrix.write_from(rows, columns, other, other_rows, other_columns)
     else:
         np.asarray(matrix)[rows, columns] = np.asarray(other)[other_rows, other_columns]
 

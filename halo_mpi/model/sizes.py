@@ -1,4 +1,4 @@
-"""What shares of a model take in memory, before anything is loaded: in f32, or in the tiles that compiled kernels read."""
+"""What shares of a model take in memory, before anything is loaded: in f32, in bf16, or in the tiles that compiled kernels read."""
 
 from collections.abc import Set
 from dataclasses import dataclass
@@ -9,18 +9,20 @@ from halo_mpi.model.kernels.tiles import Tiles, tiles_across, tiles_down
 from halo_mpi.model.records import VOCABULARY_BLOCK
 from halo_mpi.store.encoding import BLOCK, TILE_ROWS
 
+PLAIN = {"f32": 4, "bf16": 2}  # bytes of a weight that is not in tiles
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a matrix (or, in f32, a vector) in memory. `dtype`: f32, int4 or int8."""
+    """Of a matrix (or, in f32, a vector) in memory. `dtype`: f32, bf16, int4 or int8."""
 
     dims: tuple[int, ...]
     dtype: str = "f32"
 
     @property
     def nbytes(self) -> int:
-        if self.dtype == "f32":
-            return 4 * prod(self.dims)
+        if self.dtype in PLAIN:
+            return PLAIN[self.dtype] * prod(self.dims)
         rows, columns = self.dims
         return Tiles.bytes_of(tiles_down(rows), tiles_across(columns), self.dtype)
 
@@ -53,8 +55,12 @@ class Sizes:
         """What a head takes in o."""
         return self._filled_up(self.config.head_dim, BLOCK)
 
+    def dtype_of(self, name: str) -> str:
+        """Of a layer's matrix: q, k, v, o, gate, up or down."""
+        return self.down_dtype or self.dtype if name == "down" else self.dtype
+
     def neurons(self, group: int) -> int:
-        return len(self.config.group_neurons(group)) if self.dtype == "f32" else self.config.group_size
+        return len(self.config.group_neurons(group)) if self.dtype in PLAIN else self.config.group_size
 
     def attention(self, query_heads: list[int], biases: Set[str] = frozenset()) -> Shapes:
         """What some query heads of a layer, and their KV heads, need. `biases`: names of the matrices that have one ("q", ...)."""
@@ -74,7 +80,7 @@ class Sizes:
     def ffn(self, groups: list[int], biases: Set[str] = frozenset()) -> Shapes:
         """What some FFN groups of a layer need."""
         neurons, hidden = sum(map(self.neurons, groups)), self.config.hidden
-        down = Shape((hidden, neurons), self.down_dtype or self.dtype)
+        down = Shape((hidden, neurons), self.dtype_of("down"))
         shapes = {"gate_up": Shape((2 * neurons, hidden), self.dtype), "down": down}
         return shapes | ({"gate_up_bias": Shape((2 * neurons,))} if biases & {"gate", "up"} else {})
 
@@ -113,4 +119,4 @@ class Sizes:
         return self.table().nbytes * (1 if self.config.tied else 2)
 
     def _filled_up(self, count: int, unit: int) -> int:
-        return count if self.dtype == "f32" else -(-count // unit) * unit
+        return count if self.dtype in PLAIN else -(-count // unit) * unit

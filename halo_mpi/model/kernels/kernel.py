@@ -1,15 +1,17 @@
 """What a kernel is: how a rank keeps the matrices of its share, and what multiplies with them.
 
     reference   f32 matrices, torch; exact but for rounding; any model
+    torch       4-bit blocks and bf16, torch; inputs and results of products in bf16; any model
     llvm        4-bit and 8-bit tiles as they lie in the shards, code compiled for this processor; inputs of products in 8 bits
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from halo_mpi.model.layer_weights import Cache, LayerWeights
 from halo_mpi.model.sizes import Shape, Sizes
+from halo_mpi.store.layout import RecordLayout
 
 
 class Share(Protocol):
@@ -53,15 +55,32 @@ class Head(Protocol):
         """The residual vectors f32 [T, D] with which tokens begin."""
 
 
+@runtime_checkable
+class OwnForm(Protocol):
+    """A matrix that is neither an array nor tiles."""
+
+    def write(self, rows: slice, columns: slice, layout: RecordLayout, record: np.ndarray, name: str, skipped: int = 0) -> None:
+        """Write a matrix of a record, but for its first `skipped` rows, into a part of this one."""
+
+
+@runtime_checkable
+class Copied(OwnForm, Protocol):
+    """One of a kernel that copies."""
+
+    def write_from(self, rows: slice, columns: slice, other: "Copied", other_rows: slice, other_columns: slice) -> None:
+        """Write a part of another one of the same kind into a part of this one."""
+
+
 class Kernel(Protocol):
     """Of one model. `sizes`: what its matrices take; `threads`: that compute; `isa`: the instructions that it uses;
-    `program_bytes`: what a rank takes beside weights and cache."""
+    `program_bytes`: what a rank takes beside weights and cache; `copies`: whether its matrices can be written from one another."""
 
     name: str
     isa: str
     sizes: Sizes
     threads: int
     program_bytes: int
+    copies: bool
 
     def prepare(self) -> None:
         """Compile whatever was not compiled before on this machine, which may take a minute."""

@@ -19,7 +19,7 @@ COMPILED = ModelConfig("compiled", 1, 32, 1, 1, 16, 32, 32, 2, 1e-5, 10000.0, ti
 class Compiled:
     """The kernel `llvm`. `dtype`: of the layers' weights, int4 or int8, `down_dtype`: of down if another; the vocabulary's are int8."""
 
-    name = "llvm"
+    name, copies = "llvm", True
     program_bytes = PROGRAM_BYTES["llvm"]
 
     def __init__(self, config: ModelConfig, dtype: str, threads: int = 1, cache: str = "f32", down_dtype: str | None = None):

@@ -15,7 +15,7 @@ from halo_mpi.model.sizes import Shape, Sizes
 class Reference:
     """The kernel of this name."""
 
-    name, isa = "reference", "torch"
+    name, isa, copies = "reference", "torch", True
     program_bytes = PROGRAM_BYTES["reference"]
 
     def __init__(self, config: ModelConfig, threads: int = 1, cache: str = "f32"):
