@@ -22,10 +22,11 @@ class Mode:
     paced: bool = True
 
 
-STOCK = ("--kick-ms", "0", "--no-trailer", "--no-copies", "--no-tune-sockets")
+STOCK = ("--kick-ms", "0", "--no-trailer", "--copies", "1", "--no-tune-sockets")
 STRICT = ("--sync", "strict", "--wire", "f32", *STOCK)
 DROP = ("--late", "drop", "--deadline-ms", "10", "--quality", "1")
-REPAIR = ("--sync", "strict", "--no-copies")
+REPAIR = ("--sync", "strict", "--copies", "1")
+TWICE = ("--sync", "strict", "--copies", "2")
 RELAXED = ("--sync", "relaxed")
 SOON = ("--deadline-ms", "1", "--quality", "0.6")
 OLD = ("--old-kernel", "--outage-ms", "30")
@@ -41,17 +42,19 @@ MODES = {
         exact=False,
     ),
     "repair-f32": Mode("strict, losses repaired, f32", (*REPAIR, "--wire", "f32")),
-    "twice-f32": Mode("strict, sent twice, f32", ("--sync", "strict", "--wire", "f32")),
+    "twice-f32": Mode("strict, sent twice, f32", (*TWICE, "--wire", "f32")),
     "relaxed-f32": Mode("relaxed, f32", (*RELAXED, "--wire", "f32"), exact=False),
     "relaxed-f32-soon": Mode("relaxed, f32, late after 1 ms", (*RELAXED, "--wire", "f32", *SOON), exact=False),
     "repair": Mode("strict, losses repaired", REPAIR),
     "repair-q8": Mode("strict, losses repaired, q8", (*REPAIR, "--wire", "q8")),
-    "twice": Mode("strict, sent twice", ("--sync", "strict")),
-    "relaxed-once": Mode("relaxed, nothing sent twice", (*RELAXED, "--no-copies"), exact=False),
+    "twice": Mode("strict, sent twice", TWICE),
+    "four": Mode("strict, sent four times", ("--sync", "strict", "--copies", "4")),
+    "default": Mode("strict, sent twice, or four times where much is late (the default)", ("--sync", "strict")),
+    "relaxed-once": Mode("relaxed, nothing sent twice", (*RELAXED, "--copies", "1"), exact=False),
     "relaxed": Mode("relaxed", RELAXED, exact=False),
     "relaxed-old": Mode("relaxed, kernel before 6.15", (*RELAXED, *OLD, "--quality", "0.4"), exact=False),
     "repair-old": Mode("strict, losses repaired, kernel before 6.15", (*REPAIR, "--old-kernel")),
-    "twice-old": Mode("strict, sent twice, kernel before 6.15", ("--sync", "strict", "--old-kernel")),
+    "twice-old": Mode("strict, sent twice, kernel before 6.15", (*TWICE, "--old-kernel")),
 }
 ENGINE_MODES = tuple(name for name, mode in MODES.items() if mode.program == "halo_mpi.generate" and not mode.alone)
 

@@ -35,7 +35,7 @@ from halo_mpi.wire.worker_link import WorkerLink
 TICK_S = 2e-4
 STRICT = SyncOptions(mode="strict", wire="f32", late="defer", max_lag=4, quality=0.3, deadline_ms=1.0, kick_ms=1.0, outage_ms=300.0,
                      takeover_ms=0.0,
-                     copies=False, trailer=False, tune_sockets=False, old_kernel=False, check=True,
+                     copies="1", trailer=False, tune_sockets=False, old_kernel=False, check=True,
                      calibration=True)  # fmt: skip
 RANKS, CONTEXT = 4, 48
 IDS = [int(token) for token in np.random.default_rng(5).integers(3, 300, 10)]

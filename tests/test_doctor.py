@@ -119,7 +119,7 @@ def test_loss_on_one_link_is_found_there_and_nowhere_else(can, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     good, bad = report["links"]
-    assert (good["host"], bad["host"]) == ("pi2", "pi3") and good["connections"] == bad["connections"] == 2
+    assert (good["host"], bad["host"]) == ("pi2", "pi3") and good["connections"] == bad["connections"] == 4
     assert good["lost"] <= 2 and 0.015 < bad["loss_there"] + bad["loss_back"] < 0.25
     links = finding(report, "links", "pi3")
     assert links["level"] == "warning" and "packets lost" in links["says"] and "cable" in links["do"]

@@ -92,7 +92,7 @@ def test_few_open_files_are_a_warning(tmp_path):
         found = of(limits(tmp_path), "files")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert found.level == WARNING and "only 100 files" in found.says and "ulimit -n 256" in found.do
+    assert found.level == WARNING and "only 100 files" in found.says and "ulimit -n 512" in found.do
 
 
 def test_a_kernel_that_refuses_options_is_a_warning_with_the_route_to_change():

@@ -135,9 +135,10 @@ def test_messages_go_twice_over_two_connections_unless_told_not_to(can, small, t
     can("kernel")
     scenario = scenario_file(tmp_path, "hosts = 3\nloss = 0.05\npace_ms = 0.7\n")
     twice = generated(scenario, small, tmp_path, 16)[0]
-    once = generated(scenario, small, tmp_path, 16, options=("--no-copies",))[0]
-    assert twice["sync"]["copies"] is True and once["sync"]["copies"] is False
-    assert twice["token_ids"] == once["token_ids"]
+    once, four = (generated(scenario, small, tmp_path, 16, options=("--copies", copies))[0] for copies in "14")
+    assert twice["sync"]["copies"] == 2 and once["sync"]["copies"] == 1
+    assert [device["copies"] for device in four["devices"]] == [1, 4, 4]
+    assert twice["token_ids"] == once["token_ids"] == four["token_ids"]
     vectors = 15 * 4 * 2 * 2 * 128  # bytes: of 15 tokens, 4 syncs and 2 workers, 128 values in f16
     assert twice["devices"][0]["sent_bytes"] > once["devices"][0]["sent_bytes"] + 0.8 * vectors
     assert not any("sent twice" in event["what"] for event in twice["events"])

@@ -10,6 +10,8 @@ from contextlib import ExitStack, closing
 import pytest
 
 from halo_mpi.wire.sockets import (
+    ask_for_connections,
+    count_connections,
     TCP_RTO_MAX_MS,
     TCP_RTO_MIN_US,
     TCP_THIN_LINEAR_TIMEOUTS,
@@ -127,3 +129,35 @@ def test_own_addresses_are_those_that_others_can_reach():
     addresses = own_addresses()
     assert not {"127.0.0.1", "::1"} & set(addresses)
     assert not [address for address in addresses if "%" in address]
+
+
+@linux
+def test_connections_to_a_peer_are_counted(stack, here):
+    assert count_connections({here}) == 0
+    connected(stack, here), connected(stack, here)
+    assert count_connections({here}) == 4 and count_connections({"192.0.2.1"}) == 0, "both ends are here"
+
+
+@pytest.mark.parametrize(
+    "arguments, count",
+    [
+        (["--prompt", "--copies"], 4),
+        (["--copies", "2", "--verbose"], 2),
+        (["--copies=1"], 1),
+        (["--prompt", "a", "--copies=4"], 4),
+        (["--copies", "many"], 4),
+    ],
+    ids=str,
+)
+def test_mpi_is_asked_for_as_many_connections_as_copies_may_need(monkeypatch, arguments, count):
+    for name in [name for name in os.environ if name.startswith("OMPI_MCA_btl_tcp_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", environment := dict(os.environ))
+    assert ask_for_connections(arguments) == count
+    assert environment.get("OMPI_MCA_btl_tcp_links") == (None if count == 1 else str(count))
+
+
+def test_what_the_user_asked_mpi_for_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"OMPI_MCA_btl_tcp_links": "3"})
+    ask_for_connections([])
+    assert os.environ["OMPI_MCA_btl_tcp_links"] == "3"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halo_mpi.wire import mailbox
+from halo_mpi.wire import lateness, mailbox
 from halo_mpi.wire.deadline import ENOUGH, FIRST_S, FORGIVEN, PATIENT_S, WINDOW, Deadline
 from halo_mpi.wire.messages import HEADER, Kind, Message
 from halo_mpi.wire.root_link import KICKS_BEFORE_BACKOFF, KICKS_IN_FLIGHT, LONGEST_KICK_S, RootLink
@@ -247,7 +247,7 @@ def lines(monkeypatch) -> list[Line]:
         Exception=Ended, REQUEST_NULL=None,
     )  # fmt: skip
     monkeypatch.setattr(mailbox, "MPI", fake)
-    return [Line(), Line()]
+    return [Line() for _ in range(4)]
 
 
 def received(box: mailbox.Mailbox) -> list[int]:
@@ -285,7 +285,7 @@ def test_a_peer_that_has_ended_is_told_and_what_others_sent_meanwhile_is_not_los
 def test_of_two_lines_the_first_copy_counts_and_none_twice(lines, large, order):
     for line in lines:
         line.started.clear()
-    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1])
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1:2])
     came, found = [0, 0], []
     for number in [*order, *[False] * len(large), *[True] * len(large)]:
         seq = came[number]
@@ -299,6 +299,50 @@ def test_of_two_lines_the_first_copy_counts_and_none_twice(lines, large, order):
         assert found == list(range((*here, False).index(False))), "everything that is there, in order, once"
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=st.integers(0, 20), behind=st.integers(0, 20), order=st.lists(st.integers(0, 3), max_size=120))
+def test_behind_a_wider_message_the_first_of_four_copies_counts_and_none_twice(lines, monkeypatch, before, behind, order):
+    for line in lines:
+        line.started.clear()
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1:])
+    widened = []
+    monkeypatch.setattr(box, "widen", widened.append)
+    few = [(seq, Kind.FFN) for seq in range(before)] + [(None, Kind.WIDER)]
+    all_of_them = [(before + seq, Kind.FFN) for seq in range(behind)]
+    under_way = [deque([*few, *all_of_them]), deque([*few, *all_of_them]), deque(all_of_them), deque(all_of_them)]
+    found = []
+    for number in [*order, *[0] * 41, *[1] * 41, *[2] * 20, *[3] * 20]:
+        if under_way[number] and lines[number].started:
+            seq, kind = under_way[number].popleft()
+            lines[number].arrive(seq or 0, kind, int(kind == Kind.FFN))
+            found += received(box)
+        assert found == list(range(len(found))), "in order, once"
+    assert len(found) == before + behind and widened == [1], "and it answers alike"
+    assert box.received_bytes[1] == sum(2 * 16 if seq is None else 48 * (2 if seq < before else 4) for seq, _ in few + all_of_them)
+
+
+def test_who_often_gets_a_message_late_asks_for_more_copies_and_sends_more(lines, sent):
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1:])
+    for seq in range(lateness.WINDOW + 8):  # the second line stands still
+        lines[0].arrive(seq, Kind.FFN, 1)
+        assert received(box) == [seq]
+    assert [(line, data[12]) for line, _, data in sent] == [(0, Kind.WIDER), (1, Kind.WIDER)] and box.copies == {1: 4}
+    sent.clear()
+    box.post([1], Kind.FFN, 1, x=np.ones((1, 8), np.float32))
+    assert [line for line, _, _ in sent] == [0, 1, 2, 3]
+    sent.clear()
+    box.post([1], Kind.FFN, 2, x=np.ones((4, 8), np.float32))
+    assert [(line, len(data)) for line, _, data in sent] == [(0, 16 + 128), (1, 16), (2, 16), (3, 16)]
+
+
+@pytest.mark.parametrize("connections, copies", [(1, 1), (2, 2), (3, 3), (4, 4)])
+def test_there_are_no_more_copies_than_connections(lines, sent, connections, copies):
+    box = mailbox.Mailbox(lines[0], [1], 4, 8, "f32", copies=lines[1:])
+    box.limit(connections)
+    box.widen(1)
+    assert box.copies == {1: copies}
+
+
 @pytest.fixture
 def sent(lines) -> list[tuple[int, int, bytes]]:
     """Line, peer and data of every message that is sent."""
@@ -310,10 +354,7 @@ def sent(lines) -> list[tuple[int, int, bytes]]:
 
 
 def sender_to_two(lines: list[Line], width: int) -> mailbox.Mailbox:
-    """It receives nothing."""
-    sender = mailbox.Mailbox(lines[0], [], 4, width, "f32", trailers=True, copies=lines[1])
-    sender.sent_bytes = {1: 0, 2: 0}
-    return sender
+    return mailbox.Mailbox(lines[0], [1, 2], 4, width, "f32", trailers=True, copies=lines[1:2])
 
 
 def test_copies_are_sent_in_pairs_and_large_messages_once(lines, sent):
@@ -324,7 +365,7 @@ def test_copies_are_sent_in_pairs_and_large_messages_once(lines, sent):
     sender.post([1], Kind.FFN, 2, x=np.ones((4, 8), np.float32))
     assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 4 * 8 * 4), (1, HEADER.itemsize)]
     sent.clear()
-    sender.one_line()
+    sender.limit(1)
     sender.post([1], Kind.FFN, 3, x=np.ones((1, 8), np.float32))
     assert [(line, len(data)) for line, _, data in sent] == [(0, HEADER.itemsize + 8 * 4), (0, HEADER.itemsize)], "with a trailer"
 

@@ -40,6 +40,7 @@ def device_of(session: Session, rank: int, measured: dict | None) -> dict:
         if compute_s and not session.root.mover.number
         else None,
         "rtt_ms": session.link.peers[rank].rtt_ms if rank != ROOT else 0.0,
+        "copies": session.link.copies.get(rank, 1),
         "late_rate": round(session.root.ledger.late_rate(rank), 6),
         "sent_bytes": session.link.received_bytes.get(rank, sum(session.link.sent_bytes.values())),
         "received_bytes": session.link.sent_bytes.get(rank, sum(session.link.received_bytes.values())),

@@ -28,7 +28,7 @@ from halo_mpi.errors import (
     UsageError,
     describe,
 )
-from halo_mpi.wire.sockets import ask_for_two_connections
+from halo_mpi.wire.sockets import ask_for_connections
 
 START_S = 60  # so long may MPI take to start; three times as long under halo-mpirun, which gives it up sooner and starts it again
 FORWARDED_S = 0.1  # mpirun may lose a line that is still on its way when the job is aborted
@@ -43,8 +43,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     printed by it and ends the job through MPI_Abort.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--no-copies" not in arguments:
-        ask_for_two_connections()
+    connections = ask_for_connections(arguments)
     stage.enter("mpi")
     # Ends the process even inside MPI's start, which hangs if a rank ends in the middle of it.
     signal.alarm(3 * START_S if EXIT_FILE in os.environ else START_S)
@@ -52,7 +51,7 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
         from mpi4py import MPI
 
         from halo_mpi.engine.agreement import AgreedError, complain
-        from halo_mpi.wire.exchange import ENDED, MissingError
+        from halo_mpi.wire.exchange import ENDED, MissingError, open_connections
         from halo_mpi.wire.mailbox import PROCESS_ENDED
         from halo_mpi.wire.worker_link import RootGone
     except (ImportError, RuntimeError) as error:
@@ -68,7 +67,11 @@ def run_distributed(command: click.Command, arguments: list[str] | None = None) 
     verbose = "--verbose" in arguments
     try:
         end_at_once()
-        parting = (_run_alone if command.name in DIAGNOSES else _run)(comm, command, arguments, verbose)
+        if command.name in DIAGNOSES:
+            parting = _run_alone(comm, command, arguments, verbose)
+        else:
+            open_connections(comm, connections)
+            parting = _run(comm, command, arguments, verbose)
     except AgreedError as error:
         parting = Parting(error.exit_code)
     except RanksLostError as error:

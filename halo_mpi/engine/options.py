@@ -11,6 +11,7 @@ import click
 from halo_mpi.model.kernels.choice import KERNELS
 from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import WIRES
+from halo_mpi.wire.sockets import COPIES
 
 MAX_LAG = 100  # below the requests that a worker may have unanswered
 OWN, SYNC, RANKS = "Options", "Options of the network", "Options of the ranks and the report"  # sections of the help
@@ -54,7 +55,7 @@ class SyncOptions:
     kick_ms: float  # 0: never
     outage_ms: float
     takeover_ms: float  # 0: never
-    copies: bool
+    copies: str  # of COPIES
     trailer: bool
     tune_sockets: bool
     old_kernel: bool
@@ -127,9 +128,9 @@ _OPTIONS = (
     click.option("--takeover-ms", type=Finite(0), default=1000.0, show_default=True, metavar="MS",
                  help="How long a worker that must answer may be silent before others take its work over, and the token is computed again. "
                       "One whose process has ended is not waited for. 0: wait for ever."),
-    click.option("--copies/--no-copies", default=True, show_default=True,
-                 help="Send every small message to another host twice, over two TCP connections, so that it is late only if both are "
-                      "lost (Open MPI)."),
+    click.option("--copies", type=click.Choice(list(COPIES)), default="auto", show_default=True,
+                 help="How often every small message is sent to another host, each time over another TCP connection, so that it is late "
+                      "only if all copies are (Open MPI). auto: twice, and four times where many are late."),
     click.option("--trailer/--no-trailer", default=True, show_default=True,
                  help="Send 16 bytes right behind every message that is not sent twice, for the same reason as kicks."),
     click.option("--tune-sockets/--no-tune-sockets", default=True, show_default=True,

@@ -55,7 +55,7 @@ def make_report(session: Session, devices: list[dict], prompt_tokens: int, token
             "quality": sync.quality if relaxed else None,
             "deadline_ms": ("auto" if sync.deadline_ms is None else sync.deadline_ms) if relaxed else None,
             "kick_ms": sync.kick_ms,
-            "copies": session.copies,
+            "copies": max(session.link.copies.values(), default=1),
             "trailer": sync.trailer,
             "tuned_sockets": session.tuned_sockets,
         },

@@ -47,7 +47,7 @@ from halo_mpi.wire.exchange import ROOT, broadcast, duplicate, gather
 from halo_mpi.wire.mailbox import Mailbox
 from halo_mpi.wire.polling import sharpen_timers
 from halo_mpi.wire.root_link import RootLink
-from halo_mpi.wire.sockets import has_two_connections, own_addresses, tune_sockets
+from halo_mpi.wire.sockets import COPIES, count_connections, own_addresses, tune_sockets
 from halo_mpi.wire.worker_link import WorkerLink
 
 T = TypeVar("T")
@@ -162,7 +162,8 @@ class Session:
         """Open and tune the connections between the root and the workers (collective)."""
         comm, sync = self.comm, self.run.sync
         workers = list(range(1, comm.size))
-        copies = duplicate(comm) if sync.copies and self.ranks_on_host < comm.size else None
+        at_first, most = COPIES[sync.copies] if self.ranks_on_host < comm.size else (1, 1)
+        copies = [duplicate(comm) for _ in range(1, most)]
         peers = workers if self.is_root else [ROOT]
         mailbox = self._mailbox = Mailbox(comm, peers, PREFILL_ROWS, self.config.hidden, sync.wire, sync.trailer, copies)
         if self.is_root:
@@ -173,9 +174,10 @@ class Session:
             self.link = WorkerLink(mailbox)
             self.link.greet()
         addresses = [set(each) for each in broadcast(comm, gather(comm, own_addresses()))]
-        self.copies = bool(copies) and self._has_two_lines(addresses, peers)
-        if not self.copies:
-            mailbox.one_line()
+        if copies:
+            mailbox.limit(self._fewest_connections(addresses, peers, most))
+        for peer in peers if at_first > 2 else ():
+            mailbox.widen(peer)
         others = set().union(*addresses) - addresses[comm.rank]
         self.tuned_sockets = self._tune_sockets(others) if sync.tune_sockets else False
 
@@ -235,13 +237,13 @@ class Session:
     def uses_calibration(self) -> bool:
         return self.run.sync.calibration and self.run.sync.mode == "relaxed"
 
-    def _has_two_lines(self, addresses: list[set[str]], peers: list[int]) -> bool:
-        """Whether all pairs of hosts that talk have two connections (collective); `addresses`: of every rank; `peers`: this one's."""
+    def _fewest_connections(self, addresses: list[set[str]], peers: list[int], most: int) -> int:
+        """Between any two hosts that talk (collective), up to `most`; `addresses`: of every rank; `peers`: this one's."""
         here, there = addresses[self.comm.rank], [addresses[peer] for peer in peers]
-        doubled = gather(self.comm, all(peer == here or has_two_connections(peer) for peer in there))
-        if self.is_root and not all(doubled):
+        fewest = min(gather(self.comm, min([most, *(count_connections(peer) for peer in there if peer != here)])), default=most)
+        if self.is_root and fewest < min(most, 2):
             self.event("messages are not sent twice: MPI opened only one connection to some host")
-        return broadcast(self.comm, all(doubled))
+        return broadcast(self.comm, fewest)
 
     def _tune_sockets(self, others: set[str]) -> bool | str:
         """Tune the connections to the other hosts (collective). On the root, for the report: whether all took all options."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
 
-FILES = 256  # enough for 60 ranks: two connections each, their libraries and the model's files
+FILES = 512  # enough for 60 ranks: four connections each, their libraries and the model's files
 TEMPORARY = 64 * 2**20  # bytes; MPI keeps its sessions there, and local ranks their shared memory
 EMPTY = "end other programs, or take a smaller --memory; `sudo swapoff -a && sudo swapon -a` empties it"
 ROOM = "free some room there, or set TMPDIR"

@@ -1,21 +1,23 @@
 """A rank's messages to and from its peers: persistent receives, nonblocking sends, nobody waits.
 
-Where there are two TCP connections to a peer, every small message goes over both, and the copy that comes first counts:
+Where there are several TCP connections to a peer, every small message goes over two, and the copy that comes first counts:
 
     line 0   1  2  -  4  5 ...     3 was lost here, and holds up all behind it until TCP has sent it again,
     line 1   1  2  3  4  -  ...    but not those on the other line; only if both copies are lost does anybody wait
 
-Each line is a communicator of its own, since MPI keeps the order within one. A peer's n-th message on one line is its n-th on
-the other, so copies need no number. Large messages go over line 0 alone; a 16-byte message keeps their place on line 1.
+Where that happens often, there are more lines: a WIDER message says that all messages behind it come on all of them. Each line is a
+communicator of its own, since MPI keeps the order within one. The n-th message on a line is the n-th on the others, counted from
+where the line began, so copies need no number. Large messages go over line 0 alone; a 16-byte message keeps their place on the others.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from mpi4py import MPI
 
+from halo_mpi.wire.lateness import Lateness
 from halo_mpi.wire.messages import TAG, Kind, Message
 
 DEPTH = 8  # receives per peer: an answer, its trailer, and the answers to a few kicks
@@ -29,52 +31,59 @@ LAST_S = 1.0  # so long the last messages may take to leave
 class Mailbox:
     """Sends messages in this run's wire format and yields those that have come.
 
-    `rows`, `width`: the most vectors in a message and their length. `copies`: a communicator for the second line, or None. With
+    `rows`, `width`: the most vectors in a message and their length. `copies`: communicators for the second line and further ones. With
     `trailers` a 16-byte message follows every one that carries vectors, where there is no second line. `sent_bytes` and
     `received_bytes` count per peer, copies included. `ended`: peers whose process has ended, as far as MPI tells (Open MPI with
     ULFM does); nothing is sent to them any more, and what came of them and was not handed out is lost.
     """
 
     def __init__(self, comm: MPI.Comm, peers: list[int], rows: int, width: int, wire: str, trailers: bool = False,
-                 copies: MPI.Comm | None = None):  # fmt: skip
+                 copies: Sequence[MPI.Comm] = ()):  # fmt: skip
         self._wire, self._trailers, self._peers, self.width = wire, trailers, peers, width
-        self._lines = [comm] if copies is None else [comm, copies]
+        first = [comm, *copies[:1]]
+        self._lines, self._more = dict.fromkeys(peers, first), copies[1:]
         self._copied_rows = 1 if width <= MOST_COPIED_VALUES else 0
-        self._rings = [
-            ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(self._lines, (rows, self._copied_rows))
-        ]
+        self._rings = [ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(first, (rows, self._copied_rows))]
+        self._rings_of = {peer: list(self._rings) for peer in peers}
+        self._lateness = {peer: Lateness() for peer in peers}
         self._pools = [SendPool(size, width) for size in (*(size for size in SIZES if size < rows), rows)]
         self._handed_out = dict.fromkeys(peers, 0)  # messages
         self.ended: set[int] = set()
         self.sent_bytes = dict.fromkeys(peers, 0)
 
-    def one_line(self) -> None:
-        """From now on send no copies."""
-        self._lines = self._lines[:1]
+    def limit(self, lines: int) -> None:
+        """Use no more lines than this: there are not more connections. Before the others are used."""
+        self._lines = {peer: each[:lines] for peer, each in self._lines.items()}
+        self._more = self._more[: max(0, lines - 2)]
+
+    @property
+    def copies(self) -> dict[int, int]:
+        """How often each peer is sent a small message."""
+        return {peer: len(lines) for peer, lines in self._lines.items()}
 
     @property
     def received_bytes(self) -> dict[int, int]:
-        return {peer: sum(ring.received_bytes[peer] for ring in self._rings) for peer in self._peers}
+        return {peer: sum(ring.received_bytes[peer] for ring in self._rings_of[peer]) for peer in self._peers}
 
     def post(self, peers: list[int], kind: Kind, seq: int, layer: int = 0, position: int = 0, x: np.ndarray | None = None,
              epoch: int = 0, lag: int = 0, plan: int = 0, wire: str | None = None) -> None:  # fmt: skip
         """Start sending one message with x, f32 [rows, width] or None, to all `peers`."""
         rows = 0 if x is None else len(x)
         copied = rows <= self._copied_rows
-        self._send(rows, peers, self._lines if copied else self._lines[:1],
-                   (seq, kind, layer, position, x, wire or self._wire, epoch, lag, plan))  # fmt: skip
-        if not copied and len(self._lines) > 1:
-            self._send(0, peers, self._lines[1:], (seq, Kind.ELSEWHERE))
-        if rows and self._trailers and len(self._lines) == 1:
-            self.post(peers, Kind.TRAILER, seq)
+        lines = {peer: self._lines[peer] if copied else self._lines[peer][:1] for peer in peers}
+        self._send(rows, lines, (seq, kind, layer, position, x, wire or self._wire, epoch, lag, plan))
+        if not copied and any(others := {peer: self._lines[peer][1:] for peer in peers}.values()):
+            self._send(0, dict(zip(peers, others)), (seq, Kind.ELSEWHERE))
+        if rows and self._trailers and (alone := [peer for peer in peers if len(self._lines[peer]) == 1]):
+            self.post(alone, Kind.TRAILER, seq)
 
-    def _send(self, rows: int, peers: list[int], lines: list[MPI.Comm], content: tuple) -> None:
+    def _send(self, rows: int, lines: dict[int, list[MPI.Comm]], content: tuple) -> None:
         pool = next(pool for pool in self._pools if rows <= pool.rows)
         message = pool.take()
         data = message.write(*content)
-        self.ended |= pool.send(message, data, [peer for peer in peers if peer not in self.ended], lines)
-        for peer in peers:
-            self.sent_bytes[peer] += data.size * len(lines)
+        self.ended |= pool.send(message, data, {peer: each for peer, each in lines.items() if peer not in self.ended})
+        for peer, each in lines.items():
+            self.sent_bytes[peer] += data.size * len(each)
 
     def poll(self) -> Iterator[tuple[int, Message]]:
         """Sender and message of everything that has come, one sender's in the order of sending.
@@ -86,19 +95,48 @@ class Mailbox:
         for peer in self._peers:
             while peer not in self.ended and (ring := self._ring_of_next(peer)):
                 self._handed_out[peer] += 1
-                yield peer, ring.first(peer)
+                message = ring.first(peer)
+                if message.header["kind"] == Kind.WIDER:
+                    self._receive_more(peer)
+                    self.widen(peer)
+                else:
+                    yield peer, message
                 ring.take(peer)
+            if self._lateness[peer].is_much:
+                self.widen(peer)
 
     def _ring_of_next(self, peer: int) -> "ReceiveRing | None":
         """Where the peer's next message has come; copies of what was handed out before are taken out on the way."""
-        for ring in self._rings:
-            while message := ring.first(peer):
-                if ring.taken[peer] == self._handed_out[peer]:
-                    if message.header["kind"] != Kind.ELSEWHERE:
-                        return ring
-                    break
+        handed_out, found, late = self._handed_out[peer], None, False
+        for ring in self._rings_of[peer]:
+            while (message := ring.first(peer)) and ring.taken[peer] < handed_out:
                 ring.take(peer)
-        return None
+            late = late or ring.taken[peer] < handed_out
+            if not found and message and message.header["kind"] != Kind.ELSEWHERE:
+                found = ring
+        if found:
+            self._lateness[peer].observe(late)
+        return found
+
+    def widen(self, peer: int) -> None:
+        """From now on send to the peer over all lines, and tell it."""
+        if self._more and len(self._lines[peer]) == 2:
+            self.post([peer], Kind.WIDER, 0)
+            self._lines[peer] = [*self._lines[peer], *self._more]
+
+    def _receive_more(self, peer: int) -> None:
+        """What the peer sends from now on comes over all lines."""
+        for line in self._more:
+            try:
+                ring = ReceiveRing(line, [peer], DEPTH, self._copied_rows, self.width)
+            except MPI.Exception as error:
+                if error.Get_error_class() != PROCESS_ENDED:
+                    raise
+                self.ended.add(peer)
+                return
+            ring.taken[peer] = self._handed_out[peer]
+            self._rings.append(ring)
+            self._rings_of[peer].append(ring)
 
     def close(self) -> None:
         """Wait until everything is sent, but not for ever, and let go of MPI's requests."""
@@ -214,16 +252,16 @@ class SendPool:
                 self._busy.append((message, requests))
         return self._free.pop() if self._free else Message(*self._shape)
 
-    def send(self, message: Message, data: np.ndarray, peers: list[int], lines: list[MPI.Comm]) -> set[int]:
-        """Start sending the first bytes of `message` (what its `write` returned) to every peer, on each line.
+    def send(self, message: Message, data: np.ndarray, lines: dict[int, list[MPI.Comm]]) -> set[int]:
+        """Start sending the first bytes of `message` (what its `write` returned) to every peer, on each of its lines.
 
         Returns the peers of whom MPI says that their process has ended. Open MPI uses its connections to a peer by turns, and an Isend
-        takes two (it tries a short cut first), a persistent send one: so the two lines of a pair of sends stay on two connections.
+        takes two (it tries a short cut first), a persistent send one: so the copies of a message are on different connections.
         """
         requests, ended = [], set()
-        for peer in peers:
+        for peer, each in lines.items():
             try:
-                for line in lines:
+                for line in each:
                     request = line.Send_init([data, MPI.BYTE], peer, TAG)
                     request.Start()
                     requests.append(request)

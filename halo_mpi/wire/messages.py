@@ -21,7 +21,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 7  # ranks with another number refuse to work together
+PROTOCOL = 8  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BYTES = "bytes"  # of text, one per value
@@ -34,7 +34,7 @@ TEXT_ROWS = 64  # that a text may take
 
 
 class Kind(IntEnum):
-    """What a message is. Each but TRAILER, ELSEWHERE and FAILURE is answered by one of the same kind."""
+    """What a message is. Each but TRAILER, ELSEWHERE, FAILURE and WIDER is answered by one of the same kind."""
 
     PING = 1
     ATTENTION = 2
@@ -49,6 +49,7 @@ class Kind(IntEnum):
     PROBE = 11  # how fast is a worker that has nothing to do
     FAILURE = 12  # from a worker: what keeps it from doing its part from now on, in words
     HEAD = 13  # logits of a worker's rows of the head
+    WIDER = 14  # what follows comes over all lines
 
 
 class RangeError(HaloError):

@@ -54,6 +54,11 @@ class RootLink:
         return self._mailbox.ended
 
     @property
+    def copies(self) -> dict[int, int]:
+        """How often each worker is sent a small message."""
+        return self._mailbox.copies
+
+    @property
     def sent_bytes(self) -> dict[int, int]:
         return self._mailbox.sent_bytes
 

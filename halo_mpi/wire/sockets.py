@@ -24,6 +24,7 @@ OPTIONS = {
 }
 TCP_INFO = 11
 AGAIN_AT, SENT_AT, DSACKS_AT = 100, 156, 216  # bytes of struct tcp_info: tcpi_total_retrans, _data_segs_out, _dsack_dups
+COPIES = {"auto": (2, 4), "1": (1, 1), "2": (2, 2), "4": (4, 4)}  # of a small message, and connections: at first, at most
 NEW_OPTIONS = ("rto_max", "rto_min")  # what kernels before 6.15 refuse
 
 
@@ -34,22 +35,31 @@ def own_addresses() -> list[str]:
     return sorted(address for address in addresses if not address.startswith("127.") and address != "::1")
 
 
-def ask_for_two_connections() -> None:
-    """Let Open MPI open two TCP connections between every two hosts, to be used by turns. Before MPI starts; others ignore it.
+def ask_for_connections(arguments: list[str]) -> int:
+    """Let Open MPI open as many TCP connections between every two hosts as `--copies` among the arguments needs, to be used by turns;
+    how many these are.
 
-    The second connection is made to look as quick as the first, or it would only carry parts of large messages.
+    Before MPI starts; others ignore it. All are made to look as quick as the first, or they would only carry parts of large messages.
     """
-    os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
+    words = [part for word in arguments for part in (word.split("=") if word.startswith("--copies=") else [word])]
+    wanted = dict(zip(words, words[1:])).get("--copies", "auto")
+    count = COPIES.get(wanted, COPIES["auto"])[1]
+    if count == 1:
+        return count
+    os.environ.setdefault("OMPI_MCA_btl_tcp_links", str(count))
     for interface in psutil.net_if_addrs():
-        os.environ.setdefault(f"OMPI_MCA_btl_tcp_latency_{interface}:1", "100")  # us, the default of the first
+        for further in range(1, count):
+            os.environ.setdefault(f"OMPI_MCA_btl_tcp_latency_{interface}:{further}", "100")  # us, the default of the first
+    return count
 
 
-def has_two_connections(peer: set[str]) -> bool:
-    """Whether there are two of this process's TCP connections to a peer (its IP addresses). Both must have been used before."""
-    found = list(_connections(peer))
-    for connection in found:
+def count_connections(peer: set[str]) -> int:
+    """How many TCP connections this process has to a peer (its IP addresses). Each must have been used before."""
+    count = 0
+    for connection in _connections(peer):
         connection.close()
-    return len(found) > 1
+        count += 1
+    return count
 
 
 def tune_sockets(peers: set[str], old_kernel: bool = False) -> dict[str, bool]:
@@ -104,7 +114,10 @@ def _set(connection: socket.socket, option: int, value: int) -> bool:
 
 
 def _connections(peers: set[str]) -> Iterator[socket.socket]:
-    """Duplicates of the connected TCP sockets among this process's file descriptors; none where there is no /proc."""
+    """Duplicates of the connected TCP sockets among this process's file descriptors; none where there is no /proc.
+
+    To be closed one by one: a duplicate that stays open would be met again if it has the number that the listing itself had.
+    """
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
