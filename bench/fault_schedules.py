@@ -100,7 +100,7 @@ def again(seed: int, settings: dict) -> str:
 def main(model, runs, tokens, pace_ms, minutes, seed, out) -> int:
     require_lab()
     name = config_of(model).name
-    results = Results("fault_schedules", out, seed, model=name, folder=str(model), runs=runs, tokens=tokens, pace_ms=pace_ms)
+    results = Results("fault_schedules", out, seed, model=name, folder=os.path.relpath(model), runs=runs, tokens=tokens, pace_ms=pace_ms)
     setting = Setting(model, tokens, pace_ms)
     undisturbed = undisturbed_run(setting)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from halo_mpi.errors import RanksLostError
+from halo_mpi.errors import HaloError, RanksLostError
 from halo_mpi.wire.polling import Waiter
 
 ROOT = 0
@@ -65,7 +65,7 @@ def open_connections(comm: MPI.Comm, count: int) -> None:
     """Let every worker use each of its `count` connections to the root before the root sends anything (collective).
 
     Where both ends open them at the same time, a message may stay for ever on one that Open MPI 5.0.11 has given up: of 24 starts
-    with four connections 5 hung.
+    with four connections 5 hung. Raises HaloError where a worker begins with something else.
     """
     if comm.rank != ROOT:
         data = json.dumps(count).encode()
@@ -78,8 +78,10 @@ def open_connections(comm: MPI.Comm, count: int) -> None:
     coming, came = [rank for rank in range(comm.size) if rank != ROOT], 0
     while coming:
         came += 1
-        told = _receive(comm, coming, SILENT_S)
-        coming = [rank for rank in coming if json.loads(told[rank]) > came]
+        told = {rank: json.loads(data) for rank, data in _receive(comm, coming, SILENT_S).items()}
+        if others := [rank for rank, each in told.items() if not isinstance(each, int)]:  # what protocols before 8 begin with
+            raise HaloError(f"rank {others[0]} has another version of halo_mpi; install the same version on all hosts")
+        coming = [rank for rank in coming if told[rank] > came]
 
 
 def broadcast(comm: MPI.Comm, value: Any = None, patient: bool = False) -> Any:
