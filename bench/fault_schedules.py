@@ -5,6 +5,7 @@ hosts, memory, broken answers. Each must end in time with the right exit code, t
 run is the first one of the seed S + n.
 """
 
+import os
 import random
 
 import click
