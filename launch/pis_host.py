@@ -136,7 +136,7 @@ class Host:
             if mark != "halo":
                 continue  # what its login shell says
             if key == "clock":
-                facts.clock_s = float(value) - now
+                facts.clock_s = float(value or now) - now  # nothing is told where `date` was interrupted
             elif key in ("machine", "python", "rsync"):
                 setattr(facts, key, value)
             else:
