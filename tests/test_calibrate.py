@@ -107,7 +107,8 @@ def test_the_calibrated_model_says_the_same(plain, calibrated, tmp_path, ranks):
 
 
 @mpi
-@pytest.mark.parametrize("options", [("int4", "--sort", "blocks"), pytest.param(("f32", "--sort", "neurons"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("int4", "--sort", "blocks"), ("f32", "--sort", "neurons")])
 def test_biases_and_a_last_group_that_is_short_are_calibrated_too(tmp_path, options):
     """FFN 100: three groups of 32 and one of 4. Hidden 48: blocks of 32 columns are filled up."""
     dtype, *sort = options

@@ -123,6 +123,7 @@ def test_right_and_wrong_guesses_change_nothing(deep, plain, delays, stalls, gue
     caches_are_complete(simulation, LENGTH - 1)
 
 
+@pytest.mark.slow
 @generated(5)
 @given(
     slow_links,

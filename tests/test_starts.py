@@ -39,7 +39,7 @@ def test_who_is_missing_at_the_start_is_named_and_the_run_starts_again(light, wh
 
 
 @pytest.mark.parametrize("moment, signal", [
-    ("measure", "SIGSTOP"), slow("measure", "SIGKILL"), slow("echo", "SIGKILL"), slow("echo", "SIGSTOP"),
+    ("measure", "SIGKILL"), slow("measure", "SIGSTOP"), slow("echo", "SIGKILL"), slow("echo", "SIGSTOP"),
 ])  # fmt: skip
 def test_the_same_while_devices_are_measured(light, tmp_path, moment, signal):
     text = ("--prompt", "The quick", "--max-tokens", "8", "--ignore-eos")
