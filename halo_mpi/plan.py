@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from halo_mpi.cli import run_command
-from halo_mpi.engine.options import SizeByRank, default_run, of_rank, threads_option
+from halo_mpi.engine.options import SIZES_BY_RANK, Several, default_run, of_rank, threads_option
 from halo_mpi.errors import UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import sizes_of
@@ -32,18 +32,6 @@ BOARDS = click.IntRange(1, MOST_DEVICES)
 MOST_LOSS = 0.2  # repairs are lost too then, which the cost model does not count
 
 
-class Several(click.ParamType):
-    """Values of one kind, separated by commas."""
-
-    name = "N,..."
-
-    def __init__(self, each: click.ParamType):
-        self._each = each
-
-    def convert(self, value, param, ctx):
-        return value if isinstance(value, tuple) else tuple(self._each.convert(word, param, ctx) for word in value.split(","))
-
-
 @click.command(epilog=EXAMPLES, short_help="Show who would compute what, why, and the predicted time per token.")
 @click.option("--model", type=click.Path(path_type=Path), metavar="DIR", help="Folder made by `halo-mpi convert`.")
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="A known model's shape instead, whose weights are not needed.")
@@ -52,16 +40,16 @@ class Several(click.ParamType):
 @click.option("--profile", type=click.Choice(list(PROFILES)),
               help="Simulate boards of this kind instead, from figures that others published.")  # fmt: skip
 @click.option("--count", type=BOARDS, metavar="N", help="With --profile: so many boards.")
-@click.option("--sweep", type=Several(BOARDS), help="With --profile: a table over numbers of boards, e.g. 8,16,64,256.")
+@click.option("--sweep", type=Several(BOARDS, "N,..."), help="With --profile: a table over numbers of boards, e.g. 8,16,64,256.")
 @click.option("--mbit", type=click.FloatRange(0, min_open=True), metavar="MBIT", show_default="as published",
               help="With --profile: of a board's line.")  # fmt: skip
-@click.option("--loss", type=Several(click.FloatRange(0, MOST_LOSS)), default="0", show_default=True,
+@click.option("--loss", type=Several(click.FloatRange(0, MOST_LOSS), "N,..."), default="0", show_default=True,
               help="With --profile: of packets, per direction, e.g. 0.02; with --sweep also 0,0.02,0.05.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), show_default="the model's; of a shape, int4",
               help="With --devices or --profile: storage of the weights.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, metavar="C",
               help="Tokens that the KV cache must hold.")  # fmt: skip
-@click.option("--memory", type=SizeByRank(), show_default="what is free; with --profile as published",
+@click.option("--memory", type=SIZES_BY_RANK, show_default="what is free; with --profile as published",
               help="Most memory for weights and KV cache of one rank, e.g. 800M, or 2G,800M: of rank 0, and of each other; what it does not "
                    "hold is planned to be read from disk at every token. With --profile one size, which must hold all.")  # fmt: skip
 @threads_option

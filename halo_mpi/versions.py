@@ -25,7 +25,7 @@ def git_revision() -> str | None:
 
 
 def mpi_name() -> str:
-    """The library that mpi4py loads, for example "Open MPI 5.0.11"."""
+    """The library that mpi4py loads, for example "Open MPI 5.0.11"; it need not be started. Raises ImportError, RuntimeError."""
     from mpi4py import MPI
 
     name, numbers = MPI.get_vendor()
@@ -36,7 +36,7 @@ def versions() -> str:
     """Two lines, the first of this program alone."""
     revision = git_revision()
     ours = f"halo_mpi {__version__}" + (f" ({revision})" if revision else "")
-    libraries = ", ".join(f"{name} {_installed(name)}" for name in LIBRARIES)
+    libraries = ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in LIBRARIES)
     return f"{ours}\nPython {platform.python_version()}, {_mpi_without_start()}, {libraries}"
 
 
@@ -52,11 +52,12 @@ def version_option(command: click.Command) -> click.Command:
                         help="Show the versions of halo_mpi, MPI and libraries and exit.")(command)  # fmt: skip
 
 
-def _installed(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Of a library; empty if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return "missing"
+        return ""
 
 
 def _mpi_without_start() -> str:

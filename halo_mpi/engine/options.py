@@ -29,16 +29,21 @@ class Size(click.ParamType):
         return size
 
 
-class SizeByRank(click.ParamType):
-    """One size, or several with commas between: of rank 0, rank 1, ..., the last of all further ranks too. A tuple."""
+class Several(click.ParamType):
+    """Values of one kind with commas between; a tuple. `name`: as the help shows it."""
 
-    name = "SIZE[,SIZE...]"
+    def __init__(self, each: click.ParamType, name: str):
+        self._each, self.name = each, name
 
     def convert(self, value, param, ctx):
-        return value if isinstance(value, tuple) else tuple(Size().convert(each, param, ctx) for each in str(value).split(","))
+        return value if isinstance(value, tuple) else tuple(self._each.convert(word, param, ctx) for word in str(value).split(","))
+
+
+SIZES_BY_RANK = Several(Size(), "SIZE[,SIZE...]")
 
 
 def of_rank(sizes: tuple[int, ...] | None, rank: int) -> int | None:
+    """Of sizes of rank 0, rank 1, ..., the last of all further ranks too."""
     return None if sizes is None else sizes[min(rank, len(sizes) - 1)]
 
 
@@ -159,7 +164,7 @@ _OPTIONS = (
     click.option("--moves/--no-moves", default=True, show_default=True,
                  help="With --placement auto: work moves to other ranks while text flows, if a device or its link becomes slow or lossy, "
                       "and back when it recovers."),
-    click.option("--memory", type=SizeByRank(), show_default="everything is held",
+    click.option("--memory", type=SIZES_BY_RANK, show_default="everything is held",
                  help="Most memory for weights and KV cache of one rank, e.g. 800M, or 2G,800M: of rank 0, and of each other. Weights that "
                       "it does not hold are read from disk at every token, ahead of their turn."),
     click.option("--load-first", is_flag=True,

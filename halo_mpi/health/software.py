@@ -2,11 +2,11 @@
 
 import hashlib
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import halo_mpi
 from halo_mpi.health.finding import ERROR, OK, WARNING, Finding
+from halo_mpi.versions import installed_version
 from halo_mpi.wire.messages import PROTOCOL
 
 LIBRARIES = ("mpi4py", "numpy", "numba", "llvmlite", "h5py")
@@ -21,7 +21,7 @@ def software() -> dict[str, str]:
     for file in sorted(folder.rglob("*.py")):
         sources.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     own = {"halo_mpi": halo_mpi.__version__, "protocol": str(PROTOCOL), "sources": sources.hexdigest()[:12]}
-    return {**own, "Python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+    return {**own, "Python": platform.python_version(), **{name: installed_version(name) for name in LIBRARIES}}
 
 
 def lacking(versions: dict[str, str]) -> list[Finding]:
@@ -59,10 +59,3 @@ def _difference(first: str, own: dict[str, str], host: str, other: dict[str, str
     if differing:
         found.append(Finding("libraries", WARNING, f"other than on {first}: {', '.join(differing)}", SAME, host))
     return found
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

@@ -25,7 +25,7 @@ class Talk:
 
     def send(self, data: bytes, most_s: float) -> None:
         """Raises SilentError if the other one takes it not within `most_s` seconds."""
-        # A persistent send, as the engine's: Open MPI's Isend takes the same one of two connections every time.
+        # A persistent send, as the engine's: Open MPI's Isend takes the same half of the connections every time.
         request = self._guarded(lambda: self._comm.Send_init([data, MPI.BYTE], self.peer, TAG))
         self._guarded(request.Start)
         self._until(request.Test, most_s, time.perf_counter())

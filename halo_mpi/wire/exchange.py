@@ -69,7 +69,7 @@ def open_connections(comm: MPI.Comm, count: int) -> None:
     """
     if comm.rank != ROOT:
         data = json.dumps(count).encode()
-        requests = [comm.Send_init([data, MPI.BYTE], ROOT, TAG) for _ in range(count)]  # an Isend would take the same one every time
+        requests = [comm.Send_init([data, MPI.BYTE], ROOT, TAG) for _ in range(count)]  # an Isend would always take the same half
         MPI.Prequest.Startall(requests)
         _complete({ROOT: lambda: MPI.Request.Testall(requests)}, ALONE_S)
         for request in requests:
