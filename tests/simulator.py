@@ -4,6 +4,7 @@ Messages between two ranks keep their order, as TCP keeps it; everything else ma
 """
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 
-from halo_mpi.engine.loader import Loader
+from halo_mpi.engine.loader import Loader, enough_memory
 from halo_mpi.engine.marks import Marks
 from halo_mpi.engine.options import SyncOptions
 from halo_mpi.engine.predictor import make_predictor
@@ -23,8 +24,9 @@ from halo_mpi.engine.vocabulary import HeldVocabulary
 from halo_mpi.engine.worker import Worker
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import make_kernel
-from halo_mpi.model.loading import HeadBlock, down_dtype, scores_part, share_parts
+from halo_mpi.model.loading import HeadBlock, Part, down_dtype, scores_part, share_parts
 from halo_mpi.model.norms import load_norms
+from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.schedule.residence import reside
 from halo_mpi.store.reader import ModelStore
@@ -54,6 +56,7 @@ class Clock:
     def __init__(self):
         self.time_s = 0.0
         self.turns = []
+        self.loaders: weakref.WeakSet[ClockedLoader] = weakref.WeakSet()
 
     def now(self) -> float:
         return self.time_s
@@ -65,6 +68,8 @@ class Clock:
         self.time_s += TICK_S
         for turn in self.turns:
             turn()
+        for loader in list(self.loaders):
+            loader.turn()
 
 
 class Box:
@@ -109,8 +114,53 @@ class Box:
         pass
 
 
+class ClockedLoader(Loader):
+    """Reads parts without a thread. `stalls`: seconds that each takes, one after the other."""
+
+    def __init__(self, parts: list[Part], clock: Clock, stalls: Iterator[float]):
+        self._clock, self._stalls = clock, stalls
+        super().__init__(parts, reside([max(1, shape_bytes(part.shapes)) for part in parts], None))
+
+    def _start(self) -> None:
+        self._there_at = self._clock.now() + next(self._stalls)
+        self._clock.loaders.add(self)
+
+    def turn(self) -> None:
+        """Read what should be there by now."""
+        while self._clock.now() >= self._there_at and (part := self._wanted()) is not None and not self._error:
+            self._read_now(part)
+            self._there_at += next(self._stalls)
+
+    def _has(self, part: int) -> bool:
+        self._read_now(part)
+        if self._error:
+            raise self._error
+        return True
+
+    def close(self) -> None:
+        self._clock.loaders.discard(self)
+
+    def _read_now(self, part: int) -> None:
+        try:
+            with enough_memory():
+                self._read(part)
+        except Exception as error:  # as the thread has it
+            self._error = error
+
+
+class ClockedHoldings(Holdings):
+    """Loads by the clock."""
+
+    def on(self, clock: Clock, stalls: list[float]) -> "ClockedHoldings":
+        self._clock, self._stalls = clock, itertools.cycle(stalls)
+        return self
+
+    def _load(self, parts: list[Part]) -> Loader:
+        return ClockedLoader(parts, self._clock, self._stalls)
+
+
 class Simulation:
-    """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing, seconds;
+    """A model on `ranks` ranks. `delays[r]`: of the messages to and from worker r; `stalls[r]`: of its computing and loading, seconds;
     `rows`: of the head, by rank, if it is split."""
 
     def __init__(
@@ -135,7 +185,7 @@ class Simulation:
             Box(self.clock, config.hidden, 64, delays[r]) for r in range(1, ranks)
         ]
         self.kernel = make_kernel(kernel, config, store.meta["dtype"], 1, cache, down_dtype(store))
-        self.holdings = [self._holdings(store, plan, rank, ranks, context) for rank in range(ranks)]
+        self.holdings = [self._holdings(store, plan, rank, ranks, context).on(self.clock, stalls[rank]) for rank in range(ranks)]
         self.workers = {}
         for rank in range(1, ranks):
             boxes[rank].rank, boxes[rank].peers = rank, {0: boxes[0]}
@@ -172,13 +222,13 @@ class Simulation:
         part.read()
         return OwnRows(self.kernel, stop - start, block, Loader([], reside([], None)), wire)
 
-    def _holdings(self, store, plan, rank, ranks, context) -> Holdings:
+    def _holdings(self, store, plan, rank, ranks, context) -> ClockedHoldings:
         heads, groups = plan.query_heads(rank), plan.groups(rank)
         layers, parts = share_parts(store, self.kernel, heads, groups)
         for part in parts:
             part.make_room()
             part.read()
-        return Holdings(store, self.kernel, self.kernel.share(layers, context), heads, groups, ranks)
+        return ClockedHoldings(store, self.kernel, self.kernel.share(layers, context), heads, groups, ranks)
 
     def text(self, ids: list[int], prefill: int) -> np.ndarray:
         """Logits f32 [T, V] of a text whose first `prefill` tokens are computed at once; for these only the last one's."""

@@ -1,7 +1,6 @@
 """Work that moves to other ranks while text flows, on a simulated wire: nothing is lost, nothing is computed under two plans."""
 
 import gc
-import time
 import weakref
 from dataclasses import replace
 
@@ -38,7 +37,6 @@ def finish_moving(simulation: Simulation, ids: list[int]) -> list[np.ndarray]:
     logits = []
     while not simulation.root.mover.idle:
         logits.append(simulation.root.step(ids[len(logits) % len(ids)], len(ids) + len(logits)))
-        time.sleep(0.002)  # for the threads that load
         simulation.settle(0.2)  # for links that take as long as many tokens
         assert len(logits) < CONTEXT - len(ids), "it never ends"
     return logits
@@ -85,7 +83,6 @@ def test_what_moves_while_answers_are_late_is_accounted_for(deep, delays, stalls
     simulation.root.mover.aim_at(any_plan(simulation, seed))
     for ids in (IDS, IDS[::-1]):
         assert np.isfinite(simulation.text(ids, 2)).all()
-        time.sleep(0.01)
     ledger = simulation.root.ledger
     assert ledger.partial_sums == ledger.asked
     simulation.settle()
@@ -103,7 +100,6 @@ def test_a_text_is_the_same_before_during_and_after_a_move(deep):
             plans.append(any_plan(simulation, position))
             simulation.root.mover.aim_at(plans[-1])
         logits.append(simulation.root.step(token, position))
-        time.sleep(0.005)
     assert len(plans) > 2 and simulation.root.mover.number > 2
     assert np.abs(np.stack(logits) - wanted).max() < 1e-3 * np.abs(wanted).max()
 

@@ -109,9 +109,13 @@ class Holdings:
                 parts.append(ffn_part(self._store, self.kernel, layer, change.groups, weights, before))
         if also:
             parts.append(Part(None, {}, also))
-        loader = Loader(parts, reside([max(1, shape_bytes(part.shapes)) for part in parts], None))
+        loader = self._load(parts)
         loader.meanwhile = self.meanwhile
         self._coming = Coming(plan, changes, layers, caches, loader, numbers)
+
+    def _load(self, parts: list[Part]) -> Loader:
+        """Begin to read these, which all stay."""
+        return Loader(parts, reside([max(1, shape_bytes(part.shapes)) for part in parts], None))
 
     def _check_room(self, changes: dict[int, Change]) -> None:
         """Raise HaloError if there is no room for what changes, beside what is held till then."""

@@ -47,6 +47,9 @@ class Loader:
         self._changed = threading.Condition()
         self._bar = iter(progress(range(len(self._to_stay)), len(self._to_stay), "loading weights", shown))
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._start()
+
+    def _start(self) -> None:
         self._thread.start()
 
     def need(self, part: int) -> None:
@@ -106,18 +109,21 @@ class Loader:
                 if not self._to_stay:
                     self._loaded()
                 while (part := self._next()) is not None:
-                    begin = time.perf_counter()
-                    if part in self._in_slot:
-                        self._parts[part].make_room(self._slots[self._in_slot.index(part)])
-                    self._parts[part].read()
-                    self.read_s += time.perf_counter() - begin
-                    self._has_come(part)
+                    self._read(part)
         except Exception as error:  # of any kind: it is the computing thread that must fail
             with self._changed:
                 self._error = error
                 self._changed.notify()
         finally:
             self._bar.close()
+
+    def _read(self, part: int) -> None:
+        begin = time.perf_counter()
+        if part in self._in_slot:
+            self._parts[part].make_room(self._slots[self._in_slot.index(part)])
+        self._parts[part].read()
+        self.read_s += time.perf_counter() - begin
+        self._has_come(part)
 
     def _next(self) -> int | None:
         """The part to read now, once there is one; None if there never will be."""
