@@ -1,8 +1,9 @@
-"""What calibration is worth where some devices are bad: python -m bench.unstable [--scene two-bad-of-eight] [--json FILE]
+"""Where some devices' links are bad: who should have what? python -m bench.unstable [--scene two-bad-of-eight] [--json FILE]
 
-Relaxed runs over a scenario with bad links, each an `evaluate` over the lab's network: without a calibration, with its predictor and
-estimates, and with the bad devices given what matters least. Settings of lag and deadline trade time for quality, so that the ways
-can be compared at equal time. Everything is judged against one rank alone, f32, on the same tokens.
+Each run is an `evaluate` over the lab's network: strict over good links first, then strict and relaxed over bad ones, with ways to
+place the work: without a calibration, with its predictor and estimates, with what matters least on the bad devices, and so on. Of
+strict runs a tenth of the tokens where a part of every layer is there. Everything is judged against one rank alone, f32, on the same
+tokens.
 """
 
 import json
@@ -30,9 +31,11 @@ WAYS = {
     "calibrated": ("predictor and estimates", ()),
     "tiers": ("the same, what matters least to the bad devices", ("--placement", "TIERS")),
     "half": ("the same, and half an even share of the weights there: groups, no heads", ("--placement", "HALF")),
+    "gathered": ("as much there, gathered in whole layers, as few as possible", ("--placement", "GATHERED")),
     "auto": ("placement auto, whose work moves", ("--placement", "auto")),
 }
-SETTINGS = (("auto", 8, 0.5), ("1", 8, 0.5))  # deadline in ms, max lag, quality: two of eight devices may be done without
+RELAXED = ("auto", 8, 0.5)  # deadline in ms, max lag, quality: two of eight devices may be done without
+QUICK = ("gathered", "auto")  # strict as well
 TIMEOUT_S = 600.0
 
 
@@ -59,9 +62,11 @@ def half_of(config: ModelConfig, tiers: list[list[int]]) -> dict:
 
 
 def name_of(cell: dict) -> str:
-    if cell["way"] in ("reference", "strict"):
-        return {"reference": "one rank alone, f32", "strict": "strict with repair"}[cell["way"]]
-    return f"{WAYS[cell['way']][0]}: {cell['deadline']} ms, lag {cell['max_lag']}, quality {cell['quality']}"
+    if cell["way"] == "reference":
+        return "one rank alone, f32"
+    if "deadline" in cell:
+        return f"{WAYS[cell['way']][0]}: relaxed, deadline {cell['deadline']} ms, lag {cell['max_lag']}, quality {cell['quality']}"
+    return f"{WAYS[cell['way']][0]}: strict{', no bad links' if cell.get('clean') else ''}"
 
 
 def line_of(run: dict) -> str:
@@ -108,35 +113,43 @@ def table(content: dict) -> Table:
 @click.option("--scene", type=click.Choice(sorted(path.stem for path in SCENARIOS.glob("*.toml"))), default="two-bad-of-eight",
               show_default=True)  # fmt: skip
 @click.option("--ways", type=Names(WAYS), default=",".join(WAYS), show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Rounds, each of all ways.")
 @click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @shared_options("pace", "minutes", "seed", "json", minutes=40)
-def main(model, scene, ways, tokens, context, pace_ms, minutes, seed, out) -> int:
+def main(model, scene, ways, repeats, tokens, context, pace_ms, minutes, seed, out) -> int:
     require_lab()
     config = config_of(model)
     context = min(context, config.context)
     scenario = scenario_of(scene, pace_ms)
     results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, pace_ms=pace_ms)
-    groups = [[{"way": "reference"}, {"way": "strict"}]]
-    groups += [[{"way": way, "deadline": d, "max_lag": lag, "quality": q} for way in ways] for d, lag, q in SETTINGS]
+    relaxed = dict(zip(("deadline", "max_lag", "quality"), RELAXED))
+    groups = [[{"way": "reference"}]]
+    for repeat in range(repeats):
+        groups.append([{"way": way, "clean": True, "repeat": repeat} for way in ways[:1]])
+        groups += [[{"way": way, "repeat": repeat}, {"way": way, **relaxed, "repeat": repeat}] for way in ways]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
-        text, files = Path(name) / "text", {"TIERS": Path(name) / "tiers.json", "HALF": Path(name) / "half.json"}
+        text, tiers = Path(name) / "text", tiers_of(scene)
         text.write_text(language_reference())
-        files["TIERS"].write_text(json.dumps({"tiers": tiers_of(scene)}))
-        files["HALF"].write_text(json.dumps(half_of(config, tiers_of(scene))))
+        half = half_of(config, tiers)
+        contents = {"TIERS": {"tiers": tiers}, "HALF": half, "GATHERED": {**half, "gathered": tiers[-1]}}
+        files = {key: Path(name) / f"{key.lower()}.json" for key in contents}
+        for key, path in files.items():
+            path.write_text(json.dumps(contents[key]))
 
         def run(cell: dict) -> dict:
             if cell["way"] == "reference":
                 program = scoring(model, ("--wire", "f32"), text, tokens, context)
                 return scored(program, lambda command: run_locally(1, command, TIMEOUT_S))
-            options = ("--sync", "strict")
-            if cell["way"] in WAYS:
-                chosen = [str(files.get(option, option)) for option in WAYS[cell["way"]][1]]
+            options, strict = ("--sync", "strict"), "deadline" not in cell
+            if not strict:
                 options = ("--sync", "relaxed", "--deadline-ms", cell["deadline"], "--max-lag", str(cell["max_lag"]),
-                           "--quality", str(cell["quality"]), *chosen)  # fmt: skip
-            count = tokens if cell["way"] in WAYS else max(2, tokens // 10)
-            program = scoring(model, options, text, count, context)
-            return scored(program, lambda command: run_in_lab(scenario, command, TIMEOUT_S, seed))
+                           "--quality", str(cell["quality"]))  # fmt: skip
+            chosen = [str(files.get(option, option)) for option in WAYS[cell["way"]][1]]
+            slow = strict and not cell.get("clean") and cell["way"] not in QUICK
+            program = scoring(model, (*options, *chosen), text, max(2, tokens // 10) if slow else tokens, context)
+            over = {**scenario, "host": {}} if cell.get("clean") else scenario
+            return scored(program, lambda command: run_in_lab(over, command, TIMEOUT_S, seed))
 
         measure(groups, run, line_of, lambda cell: 30 + 0.3 * tokens, minutes, results)
     return conclude(results, table, lambda content, path: None, None)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from halo_mpi.model.shapes import SHAPES
 from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.cost import KINDS, Cluster, Device
-from halo_mpi.schedule.moving import moved, room
-from halo_mpi.schedule.placement import changed_keys, make_plan, without_ends
+from halo_mpi.schedule.placement import changed_keys, make_plan, moved, without_ends
+from halo_mpi.schedule.room import room
 from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import HOLD_S, LOOK_S, Watch

@@ -147,7 +147,7 @@ class Mover:
             if layers and (held.max() > self._step_bytes or (layers + 1) * self._text_bytes > TEXT_ROWS * self._config.hidden):
                 break
             query[layer], ffn[layer], layers = self._aim.query[layer], self._aim.ffn[layer], layers + 1
-        return Plan(self._aim.name, query, ffn)
+        return Plan(self._aim.name, query, ffn, self._aim.gathered)
 
     def _announce(self, plan: Plan) -> None:
         """Tell everybody what comes next."""

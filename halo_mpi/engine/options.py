@@ -157,7 +157,7 @@ _OPTIONS = (
                       "which a token takes least time, or even ones if that is within a tenth (see `halo-mpi plan`). importance: even "
                       "shares, and of a calibrated model the most important ones on the root, as in auto. FILE: JSON, {\"heads\": [count "
                       "per rank], \"groups\": [count per rank]}, or {\"tiers\": [[0], [1, 3], [2]]}: ranks from the most stable to the "
-                      "least, for a calibrated model."),
+                      "least, for a calibrated model; beside them \"gathered\": [2], workers that get whole layers, as few as possible."),
     click.option("--head", type=click.Choice(["auto", "root", "split"]), default="root", show_default=True,
                  help="Who scores the vocabulary. root: rank 0 alone. split: every rank an even part of it, which rank 0 does itself where "
                       "it does not come in time. auto: with --placement auto the parts that `halo-mpi plan` tells, if it pays; else root."),

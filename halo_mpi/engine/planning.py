@@ -16,8 +16,8 @@ from halo_mpi.schedule.advice import Advice, advise
 from halo_mpi.schedule.cost import Cluster
 from halo_mpi.schedule.head import F16_BYTES, MOST_TOKENS, HeadSplit, best_head, counted, even_rows, most_rows, with_head
 from halo_mpi.schedule.memory import free_bytes
-from halo_mpi.schedule.moving import ends_spared
 from halo_mpi.schedule.placement import Disks, Plan, make_plan
+from halo_mpi.schedule.room import ends_spared
 from halo_mpi.schedule.shares import Shares, Work, with_cost
 from halo_mpi.schedule.shown import as_json
 from halo_mpi.wire.exchange import broadcast, gather
@@ -75,7 +75,7 @@ def plan_run(session: Session) -> tuple[Plan, Disks, Basis | None]:
         plan = make_plan(config, wanted, available, found, advice)
         if advice:
             plan = ends_spared(plan, advice.unstable, session.kernel.sizes, cluster, work, available)
-            shares = with_cost(cluster, work, *plan.counts(comm.size))
+            shares = with_cost(cluster, work, *plan.counts(comm.size), plan.gathered)
             head = _head(session, cluster, work, shares)
             basis = Basis(cluster, work, advice, head)
             session.scheduler = as_json(config, cluster, work, with_head(advice, head), head)

@@ -9,8 +9,8 @@ from halo_mpi.engine.crew import Crew
 from halo_mpi.engine.mover import Mover
 from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.moving import ends_spared, moved, room
-from halo_mpi.schedule.placement import Disks, Plan, changed_keys
+from halo_mpi.schedule.placement import Disks, Plan, changed_keys, moved
+from halo_mpi.schedule.room import ends_spared, room
 from halo_mpi.schedule.shares import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import Target, Watch
@@ -75,14 +75,15 @@ class Replacer:
         if not self._telemetry.known or not self._watch.due(now, idle):
             return
         cluster = self._telemetry.cluster(gone)
-        if target := self._watch.look(cluster, self._heads, self._groups, now):
+        if target := self._watch.look(cluster, self._heads, self._groups, now, self._plan.gathered):
             self._begin(cluster, target)
         elif self._aim and not self._crew.done_without():  # it was given up halfway
             self._move_to(self._aim, room(self._aim, self._sizes, cluster, self._work), "it was begun")
 
     def _begin(self, cluster: Cluster, target: Target) -> None:
         shares, unstable = target.advice.shares, target.advice.unstable
-        plan = moved(self._plan, self._config, shares.heads, shares.groups, unstable, self._disks, self._calibration)
+        shape = (shares.heads, shares.groups, unstable, self._disks, self._calibration, shares.gathered)
+        plan = moved(self._plan, self._config, *shape)
         plan = ends_spared(plan, unstable, self._sizes, cluster, self._work, self._disks)
         left = room(plan, self._sizes, cluster, self._work)
         if not changed_keys(self._plan, plan):

@@ -181,7 +181,7 @@ def dealt_to_others(plan: Plan, gone: set[int], takers_not: set[int], disks: Dis
     tables = []
     for name, what, table in (("query", "query head", plan.query), ("ffn", "FFN group", plan.ffn)):
         dealt = table.copy()
-        usual = np.bincount(table[len(table) // 2], minlength=len(disks))
+        usual = np.bincount(table.ravel(), minlength=len(disks)) / len(table)
         for layer, row in enumerate(dealt):
             held = np.bincount(row, minlength=len(disks)).astype(float)
             for entry in np.flatnonzero(np.isin(row, list(gone))).tolist():
@@ -197,4 +197,4 @@ def dealt_to_others(plan: Plan, gone: set[int], takers_not: set[int], disks: Dis
                 row[entry] = taker
                 held[taker] += 1
         tables.append(dealt)
-    return Plan(plan.name, *tables)
+    return Plan(plan.name, *tables, plan.gathered)

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from halo_mpi.schedule.cost import KINDS, Cluster, Cost, Device, token_cost
+from halo_mpi.schedule.dealing import by_layer
 from halo_mpi.schedule.reading import reads, room
 from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
@@ -13,16 +16,23 @@ Counts = tuple[Sequence[int], Sequence[int]]  # heads and groups by rank
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """Counts by rank, and what a token costs with them."""
+    """Counts by rank, in every layer or on average, and what a token costs with them; `gathered` ranks have whole layers instead."""
 
     heads: tuple[int, ...]
     groups: tuple[int, ...]
     cost: Cost
+    gathered: tuple[int, ...] = ()
+
+    def by_layer(self, layers: int) -> tuple[np.ndarray, np.ndarray]:
+        """Heads and groups, int [layers, ranks] each."""
+        return by_layer(self.heads, layers, self.gathered), by_layer(self.groups, layers, self.gathered)
 
 
-def with_cost(cluster: Cluster, work: Work, heads: Sequence[int], groups: Sequence[int]) -> Shares:
-    heads, groups = tuple(heads), tuple(groups)
-    return Shares(heads, groups, token_cost(cluster, work.layers, heads, groups, reads(cluster, work, heads, groups)))
+def with_cost(cluster: Cluster, work: Work, heads: Sequence[int], groups: Sequence[int], gathered: Sequence[int] = ()) -> Shares:
+    """Shares and their cost; if some are gathered, nobody must have to read from disk."""
+    heads, groups, gathered = tuple(heads), tuple(groups), tuple(gathered)
+    read = None if gathered else reads(cluster, work, heads, groups)
+    return Shares(heads, groups, token_cost(cluster, work.layers, heads, groups, read, gathered), gathered)
 
 
 def fits(cluster: Cluster, work: Work, counts: Counts) -> bool:

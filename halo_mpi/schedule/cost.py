@@ -8,6 +8,9 @@ share = link (workers only) + the longer of: fixed + part of the layer x what al
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from halo_mpi.schedule.dealing import by_layer
 from halo_mpi.wire.messages import Kind
 
 KINDS = (Kind.ATTENTION, Kind.FFN)
@@ -64,7 +67,7 @@ class Reads:
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """Parts of one sync's time, in ms, and the rank that it waits for."""
+    """Parts of one sync's time, in ms, and the rank that it waits for; of syncs that differ their mean, and the usual one's rank."""
 
     longest_ms: float
     further_ms: float
@@ -116,13 +119,25 @@ def beside_ms(cluster: Cluster, workers: Sequence[int]) -> tuple[float, float]:
     return further_ms, _stall_ms(cluster.devices, workers)
 
 
-def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequence[int], reads: Reads | None = None) -> Cost:
-    """The cost of shares given as counts of heads and of groups by rank, the same in every layer."""
+def token_cost(cluster: Cluster, layers: int, heads: Sequence[int], groups: Sequence[int], reads: Reads | None = None,
+               gathered: Sequence[int] = ()) -> Cost:  # fmt: skip
+    """The cost of shares given as counts of heads and of groups by rank, the same in every layer but for the `gathered` ranks."""
+    if gathered:
+        tables = (by_layer(counts, layers, gathered) for counts in (heads, groups))
+        return Cost(layers, *(_mean_sync(cluster, kind, table) for kind, table in zip(KINDS, tables)), cluster.head_ms)
     parts = [[count / sum(counts) for count in counts] for counts in (heads, groups)]
     read_ms, head_ms = (None, None), cluster.head_ms
     if reads:
         read_ms, head_ms = (reads.attention_ms, reads.ffn_ms), max(head_ms, reads.head_ms) + reads.embedding_ms
     return Cost(layers, *(sync_cost(cluster, kind, *own) for kind, *own in zip(KINDS, parts, read_ms)), head_ms)
+
+
+def _mean_sync(cluster: Cluster, kind: Kind, table: np.ndarray) -> Sync:
+    """Of a sync in every layer, with units by layer and rank [layers, ranks]; nobody reads from disk."""
+    rows, times = np.unique(table, axis=0, return_counts=True)
+    syncs = [sync_cost(cluster, kind, (row / row.sum()).tolist()) for row in rows]
+    parts = np.array([(sync.longest_ms, sync.further_ms, sync.stall_ms) for sync in syncs])
+    return Sync(*np.average(parts, axis=0, weights=times).tolist(), syncs[int(times.argmax())].longest)
 
 
 def _stall_ms(devices: Sequence[Device], workers: Sequence[int]) -> float:

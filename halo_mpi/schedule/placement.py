@@ -11,6 +11,7 @@ from halo_mpi.errors import InputError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import owners, split_evenly
 from halo_mpi.schedule.advice import Advice
+from halo_mpi.schedule.dealing import by_layer, dealt_again
 from halo_mpi.wire.messages import Kind
 
 Disks = list[dict[str, set[int]]]  # heads ("query") and groups ("ffn") on each rank's disk
@@ -26,11 +27,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """Owner ranks: `query` int [layers, heads] and `ffn` int [layers, groups]."""
+    """Owner ranks: `query` int [layers, heads] and `ffn` int [layers, groups]. `gathered`: ranks that have whole layers."""
 
     name: str
     query: np.ndarray
     ffn: np.ndarray
+    gathered: tuple[int, ...] = ()
 
     def query_heads(self, rank: int) -> list[list[int]]:
         """The query heads of a rank in each layer, ascending."""
@@ -41,7 +43,11 @@ class Plan:
         return [np.flatnonzero(owner == rank).tolist() for owner in self.ffn]
 
     def counts(self, ranks: int) -> tuple[list[int], list[int]]:
-        """How many heads and groups each rank has, of a layer in the middle."""
+        """How many heads and groups each rank has, of a layer in the middle; if some are gathered, on average."""
+        if self.gathered:
+            totals = (np.bincount(table.ravel(), minlength=ranks) for table in (self.query, self.ffn))
+            heads, groups = (np.rint(total / len(self.query)).astype(int).tolist() for total in totals)
+            return heads, groups
         layer = len(self.query) // 2
         heads, groups = (np.bincount(table[layer], minlength=ranks).tolist() for table in (self.query, self.ffn))
         return heads, groups
@@ -53,11 +59,12 @@ class Plan:
         return {layer: own for layer, own in found.items() if own != Change(heads[layer], groups[layer])}
 
     def to_dict(self) -> dict:
-        return {"name": self.name, "query": self.query.tolist(), "ffn": self.ffn.tolist()}
+        tables = {"query": self.query.tolist(), "ffn": self.ffn.tolist()}
+        return {"name": self.name, **tables, "gathered": list(self.gathered)}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Plan":
-        return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]))
+        return cls(fields["name"], np.array(fields["query"]), np.array(fields["ffn"]), tuple(fields["gathered"]))
 
 
 def changed_keys(before: Plan, after: Plan) -> set[tuple[Kind, int, int]]:
@@ -77,13 +84,13 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     heads on rank 0. FILE: JSON with "heads" and "groups", counts per rank; or with "tiers", lists of ranks from the most stable to
     the least, for a calibrated model (`calibration`: what was found, from its metadata); of three tiers or more, the last has
     nothing of the first and last layer. importance: even; of a calibrated model in tiers,
-    rank 0, which is never late, before all others. auto: as `advice` has it, with a tier of what is unstable.
+    rank 0, which is never late, before all others. FILE may also name ranks that are to be "gathered" in as few layers as possible. auto: as `advice` has it, with a tier of what is unstable.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
     ranks, fixed = len(available), False
     heads, groups = split_evenly(config.heads, ranks), split_evenly(config.groups, ranks)
-    tiers, least_stable = None, []
+    tiers, least_stable, gathered = None, [], ()
     if placement in ("auto", "importance") and calibration and ranks > 1:
         unstable = list(advice.unstable) if advice else []
         tiers = [tier for tier in ([0], [rank for rank in range(1, ranks) if rank not in unstable], unstable) if tier]
@@ -91,6 +98,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     name = placement
     if measured:
         name, heads, groups = "measured", list(advice.shares.heads), list(advice.shares.groups)
+        gathered = advice.shares.gathered
     elif placement == "root-attention":
         heads = [config.heads] + [0] * (ranks - 1)
     elif placement in ("auto", "importance", "even"):
@@ -103,7 +111,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
             raise UsageError(
                 f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
             )
-        heads, groups = wanted.get("heads", heads), wanted.get("groups", groups)
+        heads, groups, gathered = (wanted.get(key, usual) for key, usual in (("heads", heads), ("groups", groups), ("gathered", ())))
     if name == "even" and calibration:  # its groups are sorted: in runs, the last rank would have nothing that matters
         ffn = np.array(_back_and_forth(groups, [list(range(ranks))]))
         query = np.tile(owners(heads), (config.layers, 1))
@@ -116,6 +124,9 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     query = np.stack([_assign("query", heads, row, available, fixed or placement == "root-attention") for row in query.tolist()])
     ffn = _assign("ffn", groups, ffn.tolist(), available, fixed)
     plan = Plan(name, query, np.tile(ffn, (config.layers, 1)))
+    if gathered:
+        last = tiers[-1] if tiers and len(tiers) > 1 else []
+        return replace(moved(plan, config, heads, groups, last, available, calibration, gathered), name=name)
     return without_ends(plan, least_stable, ranks, available) if least_stable else plan
 
 
@@ -132,6 +143,33 @@ def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tier
         runs = [rank for tier in turned for rank in tier for _ in range(heads[rank])]
         row[order_of_heads(config, importance)] = runs
     return query, np.array(_back_and_forth(groups, tiers))
+
+
+def moved(plan: Plan, config: ModelConfig, heads: Sequence[int], groups: Sequence[int], unstable: Sequence[int], available: Disks,
+          calibration: dict | None, gathered: Sequence[int] = ()) -> Plan:  # fmt: skip
+    """The plan with so many heads and groups by rank, and as few of them as possible in another place than now.
+
+    Of a calibrated model, what matters least goes to the `unstable`, of every layer in which others have a part; what matters most to
+    rank 0, if anybody is unstable."""
+    ranks = len(heads)
+    tiers = [list(range(ranks))]
+    if calibration and unstable:
+        tiers = [[0], [rank for rank in range(1, ranks) if rank not in unstable], sorted(unstable)]
+    query, ffn = plan.query.copy(), plan.ffn.copy()
+    own_heads, own_groups = (by_layer(counts, config.layers, gathered).tolist() for counts in (heads, groups))
+    disks = {table: [disk[table] for disk in available] for table in ("query", "ffn")}
+    for layer in range(config.layers):
+        order = list(range(config.heads))
+        if calibration:
+            order = order_of_heads(config, calibration["heads"]["importance"][layer])
+
+        def has_kv(rank: int, head: int) -> bool:
+            first = head // config.heads_per_kv * config.heads_per_kv
+            return rank in query[layer, first : first + config.heads_per_kv]
+
+        query[layer] = dealt_again(plan.query[layer], own_heads[layer], order, tiers, disks["query"], False, has_kv)
+        ffn[layer] = dealt_again(plan.ffn[layer], own_groups[layer], list(range(config.groups)), tiers, disks["ffn"], True)
+    return Plan("moved", query, ffn, tuple(gathered))
 
 
 def order_of_heads(config: ModelConfig, importance: list[float]) -> list[int]:
@@ -198,7 +236,10 @@ def _assign(table: str, shares: list[int], preferred: list[int], available: list
     return result
 
 
-FORM = '{"heads": [count per rank], "groups": [count per rank]}, {"tiers": [[rank, ...], ...]} or both'
+FORM = '{"heads": [count per rank], "groups": [count per rank]}, {"tiers": [[rank, ...], ...]} or both; "gathered": [rank, ...] beside'
+
+
+KEYS = ({"heads", "groups"}, {"tiers"}, {"heads", "groups", "tiers"})
 
 
 def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
@@ -208,7 +249,7 @@ def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
     expected = {"heads": config.heads, "groups": config.groups}
     try:
         wanted = json.loads(path.read_text())
-        known = isinstance(wanted, dict) and set(wanted) in ({"heads", "groups"}, {"tiers"}, {"heads", "groups", "tiers"})
+        known = isinstance(wanted, dict) and set(wanted) - {"gathered"} in KEYS
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not of the form {FORM}") from error
     if not known:
@@ -221,6 +262,9 @@ def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
             raise InputError(
                 f"{path}: {key} {counts} must have {ranks} counts (one per rank) that add up to the model's {expected[key]}"
             )
+    gathered = wanted.get("gathered", [])
+    if not isinstance(gathered, list) or not all(rank in range(1, ranks) for rank in gathered) or len(set(gathered)) < len(gathered):
+        raise InputError(f"{path}: gathered {gathered} must be a list of workers, ranks from 1 to {ranks - 1}, each once")
     if "tiers" in wanted:
         tiers = wanted["tiers"]
         if not isinstance(tiers, list) or not all(isinstance(tier, list) and tier for tier in tiers):

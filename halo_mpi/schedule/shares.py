@@ -1,6 +1,7 @@
 """How many heads and groups each device should get, so that a token takes the least time within their memory.
 
-Shares are counts, the same in every layer; which heads and groups they are, `placement` decides.
+Shares are counts, the same in every layer, or on average if some ranks are gathered; which heads and groups they are, `placement`
+decides.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from halo_mpi.schedule.candidates import Counts, Shares, fits, on_disk, with_cos
 from halo_mpi.schedule.cost import KINDS, Cluster, share_ms, token_cost
 from halo_mpi.schedule.crews import best_alone, dealt_out
 from halo_mpi.schedule.memory import mebibytes
-from halo_mpi.schedule.reading import reading_of
+from halo_mpi.schedule.reading import reading_of, room
 from halo_mpi.schedule.search import best_in_memory
 from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
 
 NEIGHBOURS = 16  # devices that are tried in a move
+GATHERED = 0.05  # of a token's time that gathering must save
 
 
 def usual_shares(cluster: Cluster, work: Work) -> dict[str, Shares]:
@@ -34,8 +36,14 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
 
     Each kind gets its best crew and counts; if some device's memory does not hold that, nor its disk gives it in time, both kinds are
     tried together, and then single units and devices are moved as long as that helps. The tests compare it with all possible shares of
-    small clusters. Raises MemoryBudgetError if it finds none that the devices' memory holds.
+    small clusters. At last the workers that are dear to wait for are gathered, if that helps. Raises MemoryBudgetError if it finds none
+    that the devices' memory holds.
     """
+    return _gathered(cluster, work, _best_everywhere(cluster, work))
+
+
+def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
+    """The same with the same counts in every layer."""
     usual = [*usual_shares(cluster, work).values()]
     alone = [best_alone(cluster, work, kind) for kind in KINDS]
     if all(alone) and fits(cluster, work, alone):
@@ -46,6 +54,31 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
     if best is None:
         raise MemoryBudgetError(_why_not(cluster, work))
     return _improved(cluster, work, best)
+
+
+def _gathered(cluster: Cluster, work: Work, shares: Shares) -> Shares:
+    """The same counts, those workers in as few layers as possible for whose links a token waits longest, if that is faster."""
+    devices, counts = cluster.devices, [*zip(shares.heads, shares.groups)]
+    if any(reading_of(device, work, rank == 0, *own).read_bytes for rank, (device, own) in enumerate(zip(devices, counts))):
+        return shares
+    dear = [rank for rank in range(1, len(devices)) if any(counts[rank])]
+    dear.sort(key=lambda rank: -(devices[rank].link_ms + devices[rank].late_rate * devices[rank].late_ms))
+    tried = [
+        with_cost(cluster, work, shares.heads, shares.groups, sorted(dear[: number + 1])) for number in range(len(dear[:NEIGHBOURS]))
+    ]
+    best = min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=shares)
+    return best if best.cost.tpot_ms < (1 - GATHERED) * shares.cost.tpot_ms else shares
+
+
+def _holds(cluster: Cluster, work: Work, shares: Shares) -> bool:
+    """Whether memory holds the KV heads of other numbers of heads in each layer; all else takes as much as before."""
+    heads, _ = shares.by_layer(work.layers)
+    for rank, device in enumerate(cluster.devices):
+        usual = work.kv_heads(shares.heads[rank])
+        more = sum(work.kv_heads(own) for own in heads[:, rank].tolist()) / work.layers - usual
+        if more * work.kv_bytes > room(device, work, rank == 0, shares.heads[rank], shares.groups[rank]):
+            return False
+    return True
 
 
 def _why_not(cluster: Cluster, work: Work) -> str:

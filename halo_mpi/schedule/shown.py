@@ -53,6 +53,7 @@ def _option(shares: Shares, read: list[Reading]) -> dict:
     return {
         "heads": list(shares.heads),
         "groups": list(shares.groups),
+        "gathered": list(shares.gathered),
         "bytes": [int(own.held_bytes) for own in read],
         "read_bytes": [int(own.read_bytes) for own in read],
         "tpot_ms": cost.tpot_ms,
@@ -151,6 +152,10 @@ def _reasons(cluster: Cluster, work: Work, shares: Shares, advice: Advice) -> li
         )
     if full:
         lines.append(f"No room for a single group on {_named(full)}.")
+    if shares.gathered:
+        lines.append(
+            f"Gathered in whole layers, as few as possible: what {_named(shares.gathered)} has, whose answers a sync waits for longest."
+        )
     if advice.unstable:
         lines.append(f"What matters least goes to {_named(advice.unstable)}, from where answers are late more often.")
     if ranks > MOST_ROWS:

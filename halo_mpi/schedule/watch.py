@@ -1,6 +1,7 @@
 """When work should move: if it is worth it, still is when looked at again and again, and the last move is some time ago."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halo_mpi.errors import MemoryBudgetError
@@ -44,7 +45,7 @@ class Watch:
         looked = now - self._looked_at >= max(LOOK_S, SELDOM * self._look_took_s)
         return looked and (somebody_is_gone or now - self._moved_at >= self._hold_s)
 
-    def look(self, cluster: Cluster, heads: list[int], groups: list[int], now: float) -> Target | None:
+    def look(self, cluster: Cluster, heads: list[int], groups: list[int], now: float, gathered: Sequence[int] = ()) -> Target | None:
         """What to do instead of these shares, if it is time for it; to be called when due. `now`: seconds."""
         looks = min(MOST_LOOKS, (now - self._looked_at) / LOOK_S)  # where a token takes long, one look says as much as several
         self._looked_at = now
@@ -52,7 +53,7 @@ class Watch:
         if self._settled and not any(map(_differ, self._settled, devices)):
             return None
         begin = time.perf_counter()
-        target = self._better(cluster, heads, groups)
+        target = self._better(cluster, heads, groups, gathered)
         self._look_took_s = time.perf_counter() - begin
         if target is None:
             self._gains, self._quiet = 0.0, self._quiet + 1
@@ -72,15 +73,15 @@ class Watch:
         """The move is done."""
         self._moved_at = now
 
-    def _better(self, cluster: Cluster, heads: list[int], groups: list[int]) -> Target | None:
+    def _better(self, cluster: Cluster, heads: list[int], groups: list[int], gathered: Sequence[int]) -> Target | None:
         try:
             advice = advise(cluster, self._work, self._calibrated, self._unstable)
         except MemoryBudgetError:
             return None
         shares, unstable = advice.shares, advice.unstable
-        now_ms = with_cost(cluster, self._work, heads, groups).cost.tpot_ms
+        now_ms = with_cost(cluster, self._work, heads, groups, gathered).cost.tpot_ms
         gain = 1 - shares.cost.tpot_ms / now_ms
-        is_even = all(max(counts) - min(counts) <= 1 for counts in (heads, groups))
+        is_even = not gathered and all(max(counts) - min(counts) <= 1 for counts in (heads, groups))
         gone = [rank for rank, device in enumerate(cluster.devices) if _is_gone(device) and (heads[rank] or groups[rank])]
         if gone:
             return Target(advice, 0.0, f"rank {gone[0]} does not answer", urgent=True)
