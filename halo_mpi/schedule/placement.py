@@ -83,8 +83,8 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
     even: the same number everywhere, up to one; of sorted groups some of the better and some of the worse. root-attention: all
     heads on rank 0. FILE: JSON with "heads" and "groups", counts per rank; or with "tiers", lists of ranks from the most stable to
     the least, for a calibrated model (`calibration`: what was found, from its metadata); of three tiers or more, the last has
-    nothing of the first and last layer. importance: even; of a calibrated model in tiers,
-    rank 0, which is never late, before all others. FILE may also name ranks that are to be "gathered" in as few layers as possible. auto: as `advice` has it, with a tier of what is unstable.
+    nothing of the first and last layer; beside them "gathered", workers that get whole layers, as few as possible. importance: even; of a
+    calibrated model in tiers, rank 0, which is never late, before all others. auto: as `advice` has it, with a tier of what is unstable.
 
     Raises UsageError or InputError if the file is wrong or nobody's disk holds what is needed.
     """
