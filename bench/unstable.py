@@ -30,7 +30,8 @@ WAYS = {
     "plain": ("without calibration, even shares", ("--no-calibration", "--placement", "even")),
     "calibrated": ("predictor and estimates", ()),
     "tiers": ("the same, what matters least to the bad devices", ("--placement", "TIERS")),
-    "half": ("the same, and half an even share of the weights there: groups, no heads", ("--placement", "HALF")),
+    "any": ("half an even share of the weights there: groups, whichever come next, no heads", ("--placement", "ANY")),
+    "half": ("the same, the groups that matter least", ("--placement", "HALF")),
     "gathered": ("as much there, gathered in whole layers, as few as possible", ("--placement", "GATHERED")),
     "auto": ("placement auto, whose work moves", ("--placement", "auto")),
 }
@@ -113,16 +114,18 @@ def table(content: dict) -> Table:
 @click.option("--scene", type=click.Choice(sorted(path.stem for path in SCENARIOS.glob("*.toml"))), default="two-bad-of-eight",
               show_default=True)  # fmt: skip
 @click.option("--ways", type=Names(WAYS), default=",".join(WAYS), show_default=True)
+@click.option("--memory", help="Of each device, as of generate, for the way auto: so little that the bad ones are needed.")
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Rounds, each of all ways.")
 @click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @shared_options("pace", "minutes", "seed", "json", minutes=40)
-def main(model, scene, ways, repeats, tokens, context, pace_ms, minutes, seed, out) -> int:
+def main(model, scene, ways, memory, repeats, tokens, context, pace_ms, minutes, seed, out) -> int:
     require_lab()
     config = config_of(model)
     context = min(context, config.context)
     scenario = scenario_of(scene, pace_ms)
-    results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, pace_ms=pace_ms)
+    results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, memory=memory,
+                      pace_ms=pace_ms)  # fmt: skip
     relaxed = dict(zip(("deadline", "max_lag", "quality"), RELAXED))
     groups = [[{"way": "reference"}]]
     for repeat in range(repeats):
@@ -132,7 +135,12 @@ def main(model, scene, ways, repeats, tokens, context, pace_ms, minutes, seed, o
         text, tiers = Path(name) / "text", tiers_of(scene)
         text.write_text(language_reference())
         half = half_of(config, tiers)
-        contents = {"TIERS": {"tiers": tiers}, "HALF": half, "GATHERED": {**half, "gathered": tiers[-1]}}
+        contents = {
+            "TIERS": {"tiers": tiers},
+            "ANY": {counts: half[counts] for counts in ("heads", "groups")},
+            "HALF": half,
+            "GATHERED": {**half, "gathered": tiers[-1]},
+        }
         files = {key: Path(name) / f"{key.lower()}.json" for key in contents}
         for key, path in files.items():
             path.write_text(json.dumps(contents[key]))
@@ -146,6 +154,8 @@ def main(model, scene, ways, repeats, tokens, context, pace_ms, minutes, seed, o
                 options = ("--sync", "relaxed", "--deadline-ms", cell["deadline"], "--max-lag", str(cell["max_lag"]),
                            "--quality", str(cell["quality"]))  # fmt: skip
             chosen = [str(files.get(option, option)) for option in WAYS[cell["way"]][1]]
+            if memory and cell["way"] == "auto":
+                chosen += ["--memory", memory]
             slow = strict and not cell.get("clean") and cell["way"] not in QUICK
             program = scoring(model, (*options, *chosen), text, max(2, tokens // 10) if slow else tokens, context)
             over = {**scenario, "host": {}} if cell.get("clean") else scenario
