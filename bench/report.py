@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bench import boards, budget, estimates, exactness, fault_schedules, faults, load, moving, overhead, placement, published, quality
-from bench import rank, scaling, scenes, sorting, stress, tpot, tradeoff, unstable, validation
+from bench import rank, reader, scaling, scenes, sorting, stress, tpot, tradeoff, unstable, validation
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -87,6 +87,7 @@ KINDS = {
     "exactness": Kind("Rounding of kernels", exactness.table),
     "load": Kind("Start-up and loading", load.table, load.plot),
     "budget": Kind("Less memory than weights", budget.table),
+    "reader": Kind("A thread that reads weights beside the token loop", reader.table),
     "dtypes": Kind("Storage dtypes", dtypes_table, dtypes_plot),
     "run": Kind("A single run", run_table),
 }

@@ -10,4 +10,9 @@ source "$root/launch/demo-model.sh"
 setup_venv test
 get_demo_gguf
 cd "$root"
-exec "$venv/bin/python" -m pytest "$@"
+[ $# -eq 0 ] || exec "$venv/bin/python" -m pytest "$@"
+# Tests without ranks run in a process per core; those with ranks have all cores to themselves.
+failed=0
+"$venv/bin/python" -m pytest -m "not slow and not mpi and not lab" --numprocesses auto || failed=$?
+"$venv/bin/python" -m pytest -m "not slow and (mpi or lab)" || failed=$?
+exit "$failed"

@@ -1,12 +1,14 @@
 """What the longer benchmarks make of their runs: time against quality, scenarios, stress, bad devices, losses for good."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench import estimates, moving, placement, report, scenes, stress, tradeoff, unstable
+from bench import estimates, moving, placement, reader, report, scenes, stress, tradeoff, unstable
+from halo_mpi.store.reader import ModelStore
 from tests.test_bench import run_of
 
 pytestmark = pytest.mark.timeout(60)
@@ -135,6 +137,20 @@ def test_growth_is_between_the_settled_quarters():
 def test_bad_devices_are_the_last_tier():
     assert unstable.tiers_of("two-bad-of-eight") == [[0], [1, 2, 3, 4, 5], [6, 7]]
     assert unstable.tiers_of("loss-5") == [[0], [1, 2, 3]]
+
+
+def test_all_ways_to_read_weights_read_the_same(tiny):
+    with closing(ModelStore(tiny)) as store:
+        for shard in store.shards.values():
+            counts = [list(read(shard)) for read in reader.READERS.values()]
+            assert counts[0] and counts[0] == counts[1] == counts[2]
+
+
+def test_a_reading_thread_is_told_in_times_of_what_nobody_reading_takes():
+    ways = {"nobody": [1.0, 1.0, 2.0], "h5py": [3.0, 3.0, 6.0]}
+    runs = [{"dtype": "f32", "way": way, "repeat": 0, "status": "ok", "mb_s": 5.0, "part_ms": ms} for way, ms in ways.items()]
+    drawn = reader.table({**tradeoff_content(runs), "settings": {"dtypes": ["f32"]}})
+    assert [row[-2:] for row in drawn.rows] == [["1.00", "1.00"], ["3.00", "3.00"]]
 
 
 def test_every_kind_of_result_has_its_place_on_the_page(tmp_path):

@@ -23,10 +23,11 @@ from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.memory import parse_size
 from halo_mpi.wire.messages import HEADER, vector_bytes
+from halo_mpi.wire.sockets import COPIES
 
 REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest timeout where sockets are tuned
 PACKET_BYTES = 1448
-COPIES = 2
+AT_FIRST = COPIES["auto"][0]  # of each message
 KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
 PRINTED = {"model", "head", "chosen", "unstable", "options", "losses", "may_lose", "simulated"}  # beside the devices in `plan --json`
 EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"), ("mbit", "kb_ms"))
@@ -71,7 +72,7 @@ def described(content: object, source: str, sizes: Sizes, context: int) -> Clust
         devices += [_device(entry, sizes, context, where)] * count
     vocabulary_ms = devices[0].ffn_ms * sizes.table().nbytes / _layer_bytes(sizes, context)[1]
     mbit = _number(entries[0], "mbit", f"{source}, device 0")
-    further_ms = _number(content, "further_ms", source) + COPIES * message_ms(mbit, config)
+    further_ms = _number(content, "further_ms", source) + AT_FIRST * message_ms(mbit, config)
     kb_ms = devices[0].kb_ms if content.get("kb_ms") is None else _number(content, "kb_ms", source)
     head_ms = _number(content, "head_ms", source, vocabulary_ms)
     return Cluster(devices, _number(content, "sync_ms", source), further_ms, head_ms, kb_ms)
@@ -127,7 +128,7 @@ def late_rate(loss: float, config: ModelConfig) -> float:
     """How often a request or its answer, each sent twice in f16, loses a packet of both copies."""
     packets = math.ceil(_message_bytes(config) / PACKET_BYTES)
     copy_lost = 1 - (1 - loss) ** packets
-    return 1 - (1 - copy_lost**COPIES) ** 2
+    return 1 - (1 - copy_lost**AT_FIRST) ** 2
 
 
 def _message_bytes(config: ModelConfig) -> int:

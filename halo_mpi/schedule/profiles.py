@@ -9,7 +9,7 @@ from typing import NamedTuple
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.sizes import Sizes
 from halo_mpi.schedule.cost import Cluster
-from halo_mpi.schedule.devices import COPIES, described, message_ms
+from halo_mpi.schedule.devices import AT_FIRST, described, message_ms
 
 
 class Figure(NamedTuple):
@@ -111,4 +111,4 @@ def simulated(
 
 def _on_the_air_ms(line: Line, reached: float, config: ModelConfig) -> float:
     """What a worker's messages take on a shared channel, beside the bits of the request, which count on any line."""
-    return HOPS * line.frame_ms.value + COPIES * message_ms(reached, config)
+    return HOPS * line.frame_ms.value + AT_FIRST * message_ms(reached, config)
