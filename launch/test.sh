@@ -13,6 +13,6 @@ cd "$root"
 [ $# -eq 0 ] || exec "$venv/bin/python" -m pytest "$@"
 # Tests without ranks run in a process per core; those with ranks have all cores to themselves.
 failed=0
-"$venv/bin/python" -m pytest -m "not slow and not mpi and not lab" --numprocesses auto || failed=$?
+"$venv/bin/python" -m pytest -m "not slow and not mpi and not lab" --numprocesses auto --dist worksteal || failed=$?
 "$venv/bin/python" -m pytest -m "not slow and (mpi or lab)" || failed=$?
 exit "$failed"

@@ -114,7 +114,7 @@ def test_wrong_ranks_to_gather_are_told(tmp_path, gathered):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_gathered_ranks_compute_the_same_text(deep, tmp_path, ranks):
     file = tmp_path / "p.json"
     heads, groups = ([count - ranks + 1, *[1] * (ranks - 1)] for count in (4, 3))

@@ -15,7 +15,7 @@ TOKENS = 64  # of the texts without faults
 FEWER_TOKENS = {"flapping": 64, "loss-10": 8, "two-bad-of-eight": 2}  # else 16: a loss costs 0.2 s and more
 PACED = {"flapping": 10.0}  # ms per sync: so that the text takes as long as it is until the link goes down
 HARMLESS = sorted(file.stem for file in SCENARIOS.glob("*.toml") if '"kill"' not in file.read_text())
-MORE = ("clean-8", "loss-1", "loss-5", "bursts", "hot-later", "two-bad-of-eight")  # like others that are in the fast tier
+MORE = ("clean-8", "loss-1", "loss-2", "loss-5", "bursts", "hot-later", "two-bad-of-eight")  # like others that are in the fast tier
 
 
 def generated(scenario: Path, model: Path, folder: Path, tokens: int, prompt: str = "The dog",
@@ -124,7 +124,7 @@ def test_without_fault_tolerance_a_dead_pi_ends_the_run_with_one_line_that_says_
     done = run("run", scenario, "--no-ft", "--timeout", 30, "--record", tmp_path / "record.json", "--", *command)
     record = json.loads((tmp_path / "record.json").read_text())
     assert done.returncode not in (0, 124) and record["exit_code"] == done.returncode
-    assert 20 < record["tokens"] < 300 and record["duration_s"] < 15
+    assert 20 < record["tokens"] < 300 and record["duration_s"] < 25, "not the end of its time"
     said = [line for line in done.stderr.replace("\0", "").splitlines() if line.startswith("lab: ")]  # mpirun ends with a NUL
     assert said == [f"lab: the scenario killed the rank on pi3; the command ended with exit code {done.returncode}"]
     assert "Traceback" not in done.stderr

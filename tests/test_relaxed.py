@@ -66,7 +66,7 @@ def test_by_default_it_is_strict_modes_text_unless_something_was_deferred(deep, 
 
 
 @mpi
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_what_is_late_is_deferred(deep, strict, tmp_path, ranks):
     report = relaxed(deep, tmp_path, ranks, *HASTY, "--max-lag", 3)
     ledger = accounted_for(report, strict(ranks))
