@@ -15,6 +15,6 @@ if [ ! -e "$venv/complete" ]; then
     (cd "$root" && install --no-build-isolation -e ".[test,mpich]")
     touch "$venv/complete"
 fi
-[ $# -gt 0 ] || set -- tests/test_ranks.py tests/test_failures.py tests/test_generate.py tests/test_halo_mpirun.py tests/test_restart.py
+[ $# -gt 0 ] || set -- tests/test_{ranks,failures,generate,halo_mpirun,halo_mpirun_runs,restart}.py
 cd "$root"
 PATH="$venv/bin:$PATH" exec "$venv/bin/python" -m pytest "$@"
