@@ -105,7 +105,7 @@ def test_work_that_is_gathered_already_does_not_move_again():
     assert found and found[0].advice.shares.gathered == best.gathered and found[0].gain > 0.1
 
 
-@pytest.mark.parametrize("gathered", [[0], [4], [1, 1], "1", [1.5]])
+@pytest.mark.parametrize("gathered", [[0], [4], [1, 1], "1", [1.0], [True]])
 def test_wrong_ranks_to_gather_are_told(tmp_path, gathered):
     file = tmp_path / "p.json"
     file.write_text(json.dumps({"heads": [3, 2, 2, 2], "groups": [3, 3, 3, 3], "gathered": gathered}))

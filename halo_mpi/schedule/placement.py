@@ -237,8 +237,6 @@ def _assign(table: str, shares: list[int], preferred: list[int], available: list
 
 
 FORM = '{"heads": [count per rank], "groups": [count per rank]}, {"tiers": [[rank, ...], ...]} or both; "gathered": [rank, ...] beside'
-
-
 KEYS = ({"heads", "groups"}, {"tiers"}, {"heads", "groups", "tiers"})
 
 
@@ -263,7 +261,8 @@ def read_placement(path: Path, config: ModelConfig, ranks: int) -> dict:
                 f"{path}: {key} {counts} must have {ranks} counts (one per rank) that add up to the model's {expected[key]}"
             )
     gathered = wanted.get("gathered", [])
-    if not isinstance(gathered, list) or not all(rank in range(1, ranks) for rank in gathered) or len(set(gathered)) < len(gathered):
+    workers = isinstance(gathered, list) and all(type(rank) is int and 0 < rank < ranks for rank in gathered)
+    if not workers or len(set(gathered)) < len(gathered):
         raise InputError(f"{path}: gathered {gathered} must be a list of workers, ranks from 1 to {ranks - 1}, each once")
     if "tiers" in wanted:
         tiers = wanted["tiers"]
