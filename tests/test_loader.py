@@ -129,7 +129,7 @@ def test_messages_are_looked_at_while_a_part_is_waited_for(deep):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), (3, "strict"), (3, "relaxed")])
+@pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), pytest.param(3, "strict", marks=pytest.mark.slow), (3, "relaxed")])
 def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ranks, sync):
     options = ["--model", deep, *PROMPT, *EVEN, "--sync", sync, "--wire", "f32"]
     held = report_of(ranks, "generate", tmp_path, *options)

@@ -52,7 +52,7 @@ def test_relaxed_refuses(light):
     assert refused.code == 2 and len(refused.complaints) == 1 and "--sync strict only" in refused.complaints[0]
 
 
-@pytest.mark.parametrize("how", ["greedy", "sampled"])
+@pytest.mark.parametrize("how", [pytest.param("greedy", marks=pytest.mark.slow), "sampled"])
 def test_a_text_that_was_cut_off_goes_on_as_it_would_have(tiny, tmp_path, how):
     kept, options = tmp_path / "c.json", ("--model", tiny, *GREEDY, *WAYS[how], "--lookup", 5)
     command = [sys.executable, "-m", "tests.programs.cut_off", *EVEN, *options, "--checkpoint", kept]
