@@ -7,7 +7,7 @@ Cold: the model's files are taken out of the page cache before, and again after 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,8 +16,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.load import CACHES, SOURCE, prepare, stored_as
-from bench.modes import Names, Numbers
+from bench.load import CACHES, prepare, source_options, stored_as
+from bench.modes import Numbers
 from bench.pagecache import drop, resident
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
@@ -29,7 +29,6 @@ from halo_mpi.model.kernels.kernel import Share
 from halo_mpi.model.loading import down_dtype, share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
-from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore
 
 CONTEXT = 64  # tokens in the KV cache
@@ -61,17 +60,21 @@ def read_and_drop(read: Callable[[], None], model: Path) -> None:
     drop(model)
 
 
+def products(share: Share) -> Iterator[tuple[int, Callable[[], object]]]:
+    """The parts of a token by their numbers in the loader, each with what computes it."""
+    x = np.full((1, share.config.hidden), 0.5, np.float32)
+    for layer in range(share.config.layers):
+        yield 2 * layer, lambda: share.attention(layer, x, CONTEXT - 1)
+        yield 2 * layer + 1, lambda: share.ffn(layer, x)
+
+
 def token_ms(share: Share, loader: Loader, compute: bool) -> float:
     """One pass over the layers; without computing, their parts are only needed."""
-    x, begin = np.full((1, share.config.hidden), 0.5, np.float32), time.perf_counter()
-    for layer in range(share.config.layers):
-        for part, product in (
-            (2 * layer, lambda: share.attention(layer, x, CONTEXT - 1)),
-            (2 * layer + 1, lambda: share.ffn(layer, x)),
-        ):
-            loader.need(part)
-            if compute:
-                product()
+    begin = time.perf_counter()
+    for part, product in products(share):
+        loader.need(part)
+        if compute:
+            product()
     return (time.perf_counter() - begin) * 1e3
 
 
@@ -139,10 +142,7 @@ def line_of(run: dict) -> str:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source", type=click.Path(path_type=Path), default=SOURCE, help="GGUF file or folder. [default: the demo model's]"
-)
-@click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+@source_options
 @click.option(
     "--held", type=Numbers(float, 0, 1), default="0.9,0.5,0.25", show_default=True, help="Shares of the weights that stay."
 )

@@ -8,7 +8,7 @@ would: each a chunk of an HDF5 file, its checksum checked.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,14 @@ CACHES = ("warm", "cold")
 LOADING = {"meanwhile": [], "first": ["--load-first"]}
 COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
 TIMEOUT_S = 120.0
+
+
+def source_options(command: Callable) -> Callable:
+    """--source and --dtypes, for `stored_as`."""
+    source = click.option("--source", type=click.Path(path_type=Path), default=SOURCE,
+                          help="GGUF file or folder to convert. [default: the demo model's]")  # fmt: skip
+    dtypes = click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+    return source(dtypes(command))
 
 
 @contextmanager
@@ -165,13 +173,7 @@ def line_of(run: dict) -> str:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source",
-    type=click.Path(path_type=Path),
-    default=SOURCE,
-    help="GGUF file or folder to convert. [default: the demo model's]",
-)
-@click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+@source_options
 @click.option("--ranks", type=Numbers(int, 1, 64), default="1,2,4", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @shared_options("minutes", "json", "plot", minutes=15)

@@ -10,22 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import click
 import h5py
 import numpy as np
 
-from bench.budget import CONTEXT, loading
-from bench.load import SOURCE, prepare, stored_as
-from bench.modes import Names
+from bench.budget import loading, products
+from bench.load import prepare, source_options, stored_as
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.stats import percentile
 from bench.tables import Table, number
 from halo_mpi.engine.loader import Loader
 from halo_mpi.model.kernels.kernel import Share
-from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore, RecordFile
 
 TOKENS, WARM_UP = 60, 5
@@ -70,12 +69,11 @@ def reading(model: Path, way: str) -> Iterator[list[int]]:
     stop, read, store = threading.Event(), [0], ModelStore(model)
 
     def run() -> None:
-        while not stop.is_set():
-            for shard in store.shards.values():
-                for count in READERS[way](shard):
-                    read[0] += count
-                    if stop.is_set():
-                        return
+        for shard in cycle(store.shards.values()):
+            for count in READERS[way](shard):
+                read[0] += count
+                if stop.is_set():
+                    return
 
     thread = threading.Thread(target=run if way in READERS else lambda: None)
     thread.start()
@@ -89,27 +87,24 @@ def reading(model: Path, way: str) -> Iterator[list[int]]:
 
 def part_times_ms(share: Share, loader: Loader) -> list[float]:
     """Of each layer's attention and FFN, for one token."""
-    x, times = np.full((1, share.config.hidden), 0.5, np.float32), []
-    for layer in range(share.config.layers):
-        attention, ffn = lambda: share.attention(layer, x, CONTEXT - 1), lambda: share.ffn(layer, x)
-        for part, product in ((2 * layer, attention), (2 * layer + 1, ffn)):
-            begin = time.perf_counter()
-            loader.need(part)
-            product()
-            times.append((time.perf_counter() - begin) * 1e3)
+    times = []
+    for part, product in products(share):
+        begin = time.perf_counter()
+        loader.need(part)
+        product()
+        times.append((time.perf_counter() - begin) * 1e3)
     return times
 
 
 def run_reader(cell: dict, model: Path) -> dict:
     prepare(model, "warm")
-    with loading(model, 1.0, False) as (share, loader):
-        with reading(model, cell["way"]) as read:
-            for _ in range(WARM_UP):
-                part_times_ms(share, loader)
-            began, before = time.perf_counter(), read[0]
-            times = [ms for _ in range(TOKENS) for ms in part_times_ms(share, loader)]
-            wall_s = time.perf_counter() - began
-            mb_s = (read[0] - before) / wall_s / 1e6
+    with loading(model, 1.0, False) as (share, loader), reading(model, cell["way"]) as read:
+        for _ in range(WARM_UP):
+            part_times_ms(share, loader)
+        began, before = time.perf_counter(), read[0]
+        times = [ms for _ in range(TOKENS) for ms in part_times_ms(share, loader)]
+        wall_s = time.perf_counter() - began
+        mb_s = (read[0] - before) / wall_s / 1e6
     return {"status": "ok", "error": None, "wall_s": wall_s, "mb_s": round(mb_s, 1), "part_ms": [round(ms, 4) for ms in times]}
 
 
@@ -148,10 +143,7 @@ def line_of(run: dict) -> str:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--source", type=click.Path(path_type=Path), default=SOURCE, help="GGUF file or folder. [default: the demo model's]"
-)
-@click.option("--dtypes", type=Names(DTYPES), default="f32,int4", show_default=True)
+@source_options
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @shared_options("minutes", "json", minutes=10)
 def main(source, dtypes, repeats, minutes, out) -> int:

@@ -124,7 +124,7 @@ def test_without_fault_tolerance_a_dead_pi_ends_the_run_with_one_line_that_says_
     done = run("run", scenario, "--no-ft", "--timeout", 30, "--record", tmp_path / "record.json", "--", *command)
     record = json.loads((tmp_path / "record.json").read_text())
     assert done.returncode not in (0, 124) and record["exit_code"] == done.returncode
-    assert 20 < record["tokens"] < 300 and record["duration_s"] < 25, "not the end of its time"
+    assert 20 < record["tokens"] < 300 and record["duration_s"] < 15
     said = [line for line in done.stderr.replace("\0", "").splitlines() if line.startswith("lab: ")]  # mpirun ends with a NUL
     assert said == [f"lab: the scenario killed the rank on pi3; the command ended with exit code {done.returncode}"]
     assert "Traceback" not in done.stderr

@@ -27,7 +27,7 @@ from halo_mpi.wire.sockets import COPIES
 
 REPAIR_MS = 10.0  # a message that was lost with its copy: about TCP's shortest timeout where sockets are tuned
 PACKET_BYTES = 1448
-AT_FIRST = COPIES["auto"][0]  # of each message
+AT_FIRST = COPIES["auto"][0]  # copies of each message
 KNOWN = {field.name for field in fields(Device)} | {"count", "speed", "mbit", "loss"}
 PRINTED = {"model", "head", "chosen", "unstable", "options", "losses", "may_lose", "simulated"}  # beside the devices in `plan --json`
 EITHER = (("speed", "attention_ms"), ("speed", "ffn_ms"), ("loss", "late_rate"), ("loss", "late_ms"), ("mbit", "kb_ms"))
