@@ -18,6 +18,7 @@ END_S = 20.0  # for a lab to take itself down when told to
 EXIT_TIMEOUT = 124
 # But for what a mode says: nothing that is measured decides who computes what, and whoever is late is waited for.
 EVEN = ("--placement", "importance", "--takeover-ms", "0")
+GENERATE = ("halo_mpi.generate", *EVEN, "--lookup", "0")  # a token a pass, so that times per token can be compared
 PROMPT = "The"  # one token: the prompt is computed under loss too, and should not eat up the time box
 LAB_KEYS = ("backend", "seed", "duration_s", "generation_s", "tokens", "starts", "longest_wait_s", "orphans", "events", "links",
             "costs")  # fmt: skip
@@ -31,7 +32,7 @@ def require_lab() -> None:
 
 def generation(model: Path, options: tuple[str, ...], seconds: float, max_tokens: int) -> list:
     """`generate` in a time box, with the end-of-text token banned and all times in the report."""
-    program = ["halo_mpi.generate", *EVEN, "--model", model, *options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
+    program = [*GENERATE, "--model", model, *options, "--prompt", PROMPT, "--ignore-eos", "--samples"]
     return [*program, "--max-tokens", max_tokens, "--max-seconds", seconds]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.cells import EVEN, run_locally
+from bench.cells import EVEN, GENERATE, run_locally
 from bench.modes import Names
 from bench.quality import language_reference
 from bench.results import Results, run_benchmark, shared_options
@@ -37,7 +37,7 @@ EACH_TOKEN_S = 0.2
 
 def options_of(model: Path, kernel: str) -> list:
     kernels = [] if kernel == "auto" else ["--kernel", kernel]
-    return [*EVEN, "--model", model, "--threads", 1, "--wire", "f32", *kernels]
+    return ["--model", model, "--threads", 1, "--wire", "f32", *kernels]
 
 
 def evaluated(model: Path, kernel: str, text: Path, tokens: int, context: int, timeout_s: float) -> dict:
@@ -46,6 +46,7 @@ def evaluated(model: Path, kernel: str, text: Path, tokens: int, context: int, t
         saving = [word for option in saved.items() for word in option]
         program = [
             "halo_mpi.evaluate",
+            *EVEN,
             *options_of(model, kernel),
             "--text",
             text,
@@ -68,7 +69,7 @@ def continued(model: Path, kernel: str, tokens: int, timeout_s: float) -> dict:
     with tempfile.TemporaryDirectory() as name:
         prompts, out = Path(name) / "prompts.jsonl", Path(name) / "out.jsonl"
         prompts.write_text("".join(json.dumps({"id": n, "prompt": text}) + "\n" for n, text in enumerate(PROMPTS)))
-        program = ["halo_mpi.generate", *options_of(model, kernel), "--prompts", prompts, "--out", out]
+        program = [*GENERATE, *options_of(model, kernel), "--prompts", prompts, "--out", out]
         made = run_locally(1, [*program, "--max-tokens", tokens, "--ignore-eos"], timeout_s)
         report = made.pop("report")
         if made["status"] != "ok":

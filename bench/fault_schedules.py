@@ -16,6 +16,7 @@ from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import measure
 from bench.shapes import config_of, model_options
 from bench.tables import Table, number
+from halo_mpi.engine.lookup import MOST_GUESSES
 
 MOST_EVENTS = 3
 AT_PREFILL = 0.15  # of the events
@@ -89,7 +90,7 @@ def table(content: dict) -> Table:
 
 def again(seed: int, settings: dict) -> str:
     """The command that plays one schedule again; the moments are those of the clock, so it may end otherwise."""
-    same = f"--model {settings['folder']} --tokens {settings['tokens']} --pace-ms {settings['pace_ms']:g}"
+    same = f"--model {settings['folder']} --tokens {settings['tokens']} --lookup {settings.get('lookup', 0)} --pace-ms {settings['pace_ms']:g}"
     return f"python -m bench.fault_schedules --runs 1 --seed {seed} {same}"
 
 
@@ -97,12 +98,14 @@ def again(seed: int, settings: dict) -> str:
 @model_options
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--tokens", type=click.IntRange(8), default=96, show_default=True, help="Of each text.")
+@click.option("--lookup", type=click.IntRange(0, MOST_GUESSES), default=0, show_default=True, help="Guesses of a pass, at most.")
 @shared_options("pace", "minutes", "seed", "json", minutes=60)
-def main(model, runs, tokens, pace_ms, minutes, seed, out) -> int:
+def main(model, runs, tokens, lookup, pace_ms, minutes, seed, out) -> int:
     require_lab()
     name = config_of(model).name
-    results = Results("fault_schedules", out, seed, model=name, folder=os.path.relpath(model), runs=runs, tokens=tokens, pace_ms=pace_ms)
-    setting = Setting(model, tokens, pace_ms)
+    results = Results("fault_schedules", out, seed, model=name, folder=os.path.relpath(model), runs=runs, tokens=tokens, lookup=lookup,
+                      pace_ms=pace_ms)  # fmt: skip
+    setting = Setting(model, tokens, pace_ms, options=("--lookup", str(lookup)))
     undisturbed = undisturbed_run(setting)
 
     def line_of(run: dict) -> str:

@@ -1,8 +1,9 @@
 """What guesses from the text itself are worth: python -m bench.lookup [--guesses 0,2,4,8] [--json FILE]
 
 Four devices, 2 ms between any two, greedy, with the model's chat template: texts to be summarized, code to be changed, and a question
-whose answer repeats little (bench/texts/lookup.jsonl). A further row of a pass takes --row-share of the time that a device takes for
+and a story that repeat little (bench/texts/lookup.jsonl). A further row of a pass takes --row-share of the time that a device takes for
 the first. Texts end where the model ends them: one that has to go on soon repeats itself, which would flatter the guesses.
+--hosts 1 --pace-ms 0 is this machine itself.
 """
 
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from bench.cells import EVEN, require_lab, run_in_lab
+from bench.cells import GENERATE, require_lab, run_in_lab
 from bench.modes import Names, Numbers
 from bench.results import ROOT, Results, run_benchmark, shared_options
 from bench.rounds import failures, measure
@@ -21,7 +22,6 @@ from bench.tables import Table, number
 from halo_mpi.engine.lookup import MOST_GUESSES
 
 TEXTS = ROOT / "bench" / "texts" / "lookup.jsonl"
-HOSTS = 4
 PATIENCE_S = 40.0
 
 
@@ -29,14 +29,15 @@ def prompts() -> dict[str, str]:
     return {line["id"]: line["prompt"] for line in map(json.loads, TEXTS.read_text().splitlines())}
 
 
-def run_text(model: Path, prompt: str, guesses: int, scenario: dict, max_tokens: int, seconds: float) -> dict:
+def run_text(
+    model: Path, prompt: str, guesses: int, scenario: dict, max_tokens: int, seconds: float, temperature: float
+) -> dict:
     """`generate` with so many guesses a pass, in a lab."""
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as folder:
         file = Path(folder) / "prompt.txt"
         file.write_text(prompt)
         program = [
-            "halo_mpi.generate",
-            *EVEN,
+            *GENERATE,
             "--model",
             model,
             "--prompt-file",
@@ -46,8 +47,8 @@ def run_text(model: Path, prompt: str, guesses: int, scenario: dict, max_tokens:
             guesses,
             "--samples",
         ]
-        program += ["--max-tokens", max_tokens, "--max-seconds", seconds]
-        return run_in_lab({"hosts": HOSTS, **scenario}, program, 2 * seconds + 2 * PATIENCE_S)
+        program += ["--max-tokens", max_tokens, "--max-seconds", seconds, "--temperature", temperature, "--seed", 1]
+        return run_in_lab(scenario, program, 2 * seconds + 2 * PATIENCE_S)
 
 
 def name_of(cell: dict) -> str:
@@ -74,7 +75,8 @@ def table(content: dict) -> Table:
     settings = content["settings"]
     columns = ["text", "guesses", "tokens", "right", "tokens per pass", "TPOT mean", "time / none", "ids"]
     title = (
-        f"Guesses: {settings['model']}, {HOSTS} devices, {settings['delay_ms']:g} ms links, {settings['pace_ms']:g} ms per sync"
+        f"Guesses: {settings['model']}, {settings['hosts']} devices, {settings['delay_ms']:g} ms links, "
+        f"{settings['loss']:.0%} loss, {settings['pace_ms']:g} ms per sync"
     )
     drawn = Table(title, columns)
     done = [run for run in content["runs"] if run["status"] == "ok"]
@@ -108,20 +110,23 @@ def table(content: dict) -> Table:
 @click.option("--guesses", type=Numbers(int, 0, MOST_GUESSES), default="0,2,4,8", show_default=True, help="Of a pass, at most.")
 @click.option("--max-tokens", type=click.IntRange(2), default=160, show_default=True)
 @click.option("--seconds", type=click.FloatRange(1), default=40.0, show_default=True, help="Time box of a text.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy; else sampled with seed 1.")
+@click.option("--hosts", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--loss", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of packets between two devices.")
 @click.option("--delay-ms", type=click.FloatRange(0), default=2.0, show_default=True, help="Of a packet between two devices.")
 @click.option(
     "--row-share", type=click.FloatRange(0), default=0.08, show_default=True, help="The int4 kernels: 78 us for 1 row, 96 for 4."
 )
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
 @shared_options("pace", "minutes", "json")
-def main(model, texts, guesses, max_tokens, seconds, delay_ms, row_share, repeats, pace_ms, minutes, out) -> int:
+def main(model, texts, guesses, max_tokens, seconds, temperature, hosts, loss, delay_ms, row_share, repeats, pace_ms, minutes, out) -> int:
     require_lab()
-    scenario = {"delay_ms": delay_ms, "pace_ms": pace_ms, "row_share": row_share}
+    scenario = {"hosts": hosts, "loss": loss, "delay_ms": delay_ms, "pace_ms": pace_ms, "row_share": row_share}
     results = Results("lookup", out, 0, model=config_of(model).name, texts=texts, guesses=guesses, max_tokens=max_tokens,
-                      seconds=seconds, repeats=repeats, **scenario)  # fmt: skip
+                      seconds=seconds, temperature=temperature, repeats=repeats, **scenario)  # fmt: skip
 
     def run(cell: dict) -> dict:
-        return run_text(model, prompts()[cell["text"]], cell["guesses"], scenario, max_tokens, seconds)
+        return run_text(model, prompts()[cell["text"]], cell["guesses"], scenario, max_tokens, seconds, temperature)
 
     groups = [[{"text": t, "guesses": g, "repeat": r} for g in guesses] for r in range(repeats) for t in texts]
     measure(groups, run, line_of, lambda _: 20 + seconds / 2, minutes, results)

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from bench.bandwidth import measured_gbps
-from bench.cells import EVEN, run_locally
+from bench.cells import GENERATE, run_locally
 from bench.modes import Names
 from bench.opponent import Opponent
 from bench.rank_cases import CASES, SPARE, WARM_UP, Texts
@@ -60,7 +60,7 @@ def mbu(nbytes: float, token_ms: float, gbps: float) -> float:
 
 def program_of(model: Path, kernel: str) -> list:
     kernels = [] if kernel == "auto" else ["--kernel", kernel]
-    return ["halo_mpi.generate", *EVEN, "--model", model, "--threads", 1, "--ignore-eos", "--load-first", "--samples", *kernels]
+    return [*GENERATE, "--model", model, "--threads", 1, "--ignore-eos", "--load-first", "--samples", *kernels]
 
 
 def run_ours(model: Path, kernel: str, texts: Texts, timeout_s: float) -> dict:

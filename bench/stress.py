@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import psutil
 
-from bench.cells import EVEN, require_lab, run_in_lab
+from bench.cells import GENERATE, require_lab, run_in_lab
 from bench.results import Results, run_benchmark, shared_options
 from bench.shapes import model_options
 from bench.tables import Table, number
@@ -83,7 +83,7 @@ def main(model, ranks, loss, minutes, seed, out) -> int:
         lines = [{"id": number, "prompt": f"Chapter {number}."} for number in range(max(1, round(seconds / TEXT_S)))]
         prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         scenario = {"hosts": ranks, "loss": loss / 100, "event": flaps(ranks, seconds, seed)}
-        program = ["halo_mpi.generate", *EVEN, "--model", model, *OPTIONS, "--prompts", prompts, "--out", answers, "--ignore-eos"]
+        program = [*GENERATE, "--model", model, *OPTIONS, "--prompts", prompts, "--out", answers, "--ignore-eos"]
         program += ["--max-tokens", TEXT_TOKENS, "--max-seconds", min(TEXT_S, seconds)]
         memory = Memory(str(prompts))
         memory.start()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from halo_mpi.cli import run_command
-from halo_mpi.engine.lookup import MOST_GUESSES, Guesser, PassCounts
-from halo_mpi.engine.options import RunCommand, RunOptions, run_options
+from halo_mpi.engine.lookup import AUTO, MOST_GUESSES, Guesser, PassCounts
+from halo_mpi.engine.options import OrAuto, RunCommand, RunOptions, run_options
 from halo_mpi.engine.parting import Parting, after
 from halo_mpi.engine.sampling import Sampling
 from halo_mpi.errors import EXIT_TERMINATED, UsageError
@@ -58,9 +58,10 @@ Examples:
               help="Same seed, ranks and placement, and --no-moves: same text.")  # fmt: skip
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option(
-    "--lookup", type=click.IntRange(0, MOST_GUESSES), default=0, show_default=True, metavar="K",
+    "--lookup", type=OrAuto(click.IntRange(0, MOST_GUESSES)), default="auto", show_default=True, metavar="auto|K",
     help="Guess up to K tokens from what followed the same words before, in prompt or text, and compute them along with the last one: "
-         "several tokens for the syncs of one where the text repeats itself, and the same text. --sync strict only; 0: off.",
+         "several tokens for the syncs of one where the text repeats itself, and the same text. --sync strict only; 0: off. "
+         f"auto: {AUTO} in strict mode with compiled kernels, else 0.",
 )  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
 @click.option(
@@ -71,7 +72,7 @@ Examples:
 @version_option
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, max_seconds: float | None, seed: int | None, lookup: int, kept_in: Path | None, **options) -> Parting:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, lookup: int | None, kept_in: Path | None, **options) -> Parting:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
     The text goes to standard output as it is written, everything else to standard error. SIGTERM and SIGUSR1 end the run after the
@@ -124,6 +125,8 @@ def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None
 
     to_come = sum(text.sampling.max_tokens for text in texts)
     checkpoint = Checkpoint(kept_in, session.store.version, seed, session.warn, to_come)
+    if lookup is None:  # other kernels round a row among others differently
+        lookup = AUTO if run.sync.mode == "strict" and session.kernel.name == "llvm" else 0
     completions, guesser = [], Guesser(lookup)
     show = _hide if results else session.monitor.above(Shown().show)
     session.marks.begin()

@@ -47,6 +47,12 @@ def test_a_stop_text_cuts_where_it_would_have(light, tmp_path):
         assert guessed["text"] == plain["text"] and guessed["token_ids"] == plain["token_ids"]
 
 
+@pytest.mark.parametrize("options", [(), ("--sync", "relaxed"), ("--kernel", "reference")], ids=["strict", "relaxed", "reference"])
+def test_unless_told_only_strict_runs_with_compiled_kernels_guess(light, tmp_path, options):
+    lookup = report_of(2, "generate", tmp_path, "--model", light, *GREEDY, *options)["lookup"]
+    assert lookup is None if options else 0 < lookup["accepted"] < 40
+
+
 def test_relaxed_refuses(light):
     refused = halo(2, "generate", "--model", light, *GREEDY, "--sync", "relaxed", "--lookup", 4)
     assert refused.code == 2 and len(refused.complaints) == 1 and "--sync strict only" in refused.complaints[0]

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 MOST_GUESSES = 15  # in a pass
+AUTO = 8  # of --lookup auto: docs/speed.md has what others take
 LONGEST = 4  # tokens that are looked up: with 2 a token costs 4 % more on bench/texts/lookup.jsonl, with 6 or 8 no less
 WORTH = 0.1  # chance of being right from which a guess is made; a further row takes 0.08 of the time of a pass that only computes
 # Of a guess, by how many tokens were found again, at first. SmolLM2-135M on bench/texts/lookup.jsonl: 0.2 to 0.3, 0.7, 0.9, 0.94.

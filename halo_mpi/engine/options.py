@@ -97,15 +97,14 @@ class Finite(click.FloatRange):
         return number
 
 
-class Deadline(click.ParamType):
-    """auto (None) or milliseconds."""
+class OrAuto(click.ParamType):
+    """auto (None) or a number."""
 
-    name = "auto|MS"
+    def __init__(self, number: click.ParamType):
+        self.name, self._number = "number or auto", number
 
     def convert(self, value, param, ctx):
-        if value is None or value == "auto":
-            return None
-        return Finite(0).convert(value, param, ctx)
+        return None if value is None or value == "auto" else self._number.convert(value, param, ctx)
 
 
 threads_option = click.option("--threads", type=click.IntRange(1), metavar="N", envvar="OMP_NUM_THREADS", help="Threads of each rank.",
@@ -124,7 +123,7 @@ _OPTIONS = (
                  help="relaxed: how many syncs may lack a late answer before the root waits for it."),
     click.option("--quality", type=Finite(0, 1), default=0.3, show_default=True, metavar="Q",
                  help="relaxed: the largest share of a token's work that may be inexact; of its importance, if the model is calibrated."),
-    click.option("--deadline-ms", type=Deadline(), default="auto", show_default=True, metavar="auto|MS",
+    click.option("--deadline-ms", type=OrAuto(Finite(0)), default="auto", show_default=True, metavar="auto|MS",
                  help="When an answer is late, counted after the root's own share. auto: learned from each worker's times."),
     click.option("--kick-ms", type=Finite(0), default=1.0, show_default=True, metavar="MS",
                  help="How often an overdue worker is sent 16 bytes, so that TCP repairs a loss; 0: never."),
