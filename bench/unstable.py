@@ -34,9 +34,11 @@ WAYS = {
     "half": ("the same, the groups that matter least", ("--placement", "HALF")),
     "gathered": ("as much there, gathered in whole layers, as few as possible", ("--placement", "GATHERED")),
     "auto": ("placement auto, whose work moves", ("--placement", "auto")),
+    "measured": ("the same, with links that are bad already when they are measured", ("--placement", "auto")),
 }
 RELAXED = ("auto", 8, 0.5)  # deadline in ms, max lag, quality: two of eight devices may be done without
-QUICK = ("gathered", "auto")  # strict as well
+AUTO = ("auto", "measured")
+QUICK = ("gathered", *AUTO)  # strict as well
 TIMEOUT_S = 600.0
 
 
@@ -114,7 +116,7 @@ def table(content: dict) -> Table:
 @click.option("--scene", type=click.Choice(sorted(path.stem for path in SCENARIOS.glob("*.toml"))), default="two-bad-of-eight",
               show_default=True)  # fmt: skip
 @click.option("--ways", type=Names(WAYS), default=",".join(WAYS), show_default=True)
-@click.option("--memory", help="Of each device, as of generate, for the way auto: so little that the bad ones are needed.")
+@click.option("--memory", help="Of each device, as of generate, where placement is auto: so little that the bad ones are needed.")
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Rounds, each of all ways.")
 @click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
@@ -154,11 +156,13 @@ def main(model, scene, ways, memory, repeats, tokens, context, pace_ms, minutes,
                 options = ("--sync", "relaxed", "--deadline-ms", cell["deadline"], "--max-lag", str(cell["max_lag"]),
                            "--quality", str(cell["quality"]))  # fmt: skip
             chosen = [str(files.get(option, option)) for option in WAYS[cell["way"]][1]]
-            if memory and cell["way"] == "auto":
+            if memory and cell["way"] in AUTO:
                 chosen += ["--memory", memory]
             slow = strict and not cell.get("clean") and cell["way"] not in QUICK
             program = scoring(model, (*options, *chosen), text, max(2, tokens // 10) if slow else tokens, context)
             over = {**scenario, "host": {}} if cell.get("clean") else scenario
+            if cell["way"] == "measured":
+                over = {**over, "loss_during": "measuring"}
             return scored(program, lambda command: run_in_lab(over, command, TIMEOUT_S, seed))
 
         measure(groups, run, line_of, lambda cell: 30 + 0.3 * tokens, minutes, results)

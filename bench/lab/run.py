@@ -1,8 +1,8 @@
 """A command under mpirun or halo-mpirun in a lab: one rank per host, faults and events as the program marks its progress.
 
-The marks are files in HALO_MPI_LAB_DIR. From rank 0: `progress`, with the lines generation-begin, token N, phase NAME and
-generation-end; from every rank: rank-R.pid. From the lab: pace-R.json; `go`, once losses are on, for which the program waits
-after generation-begin; `calm`, once they are off, for which it waits after generation-end. A program that is started again writes all its
+The marks are files in HALO_MPI_LAB_DIR. From rank 0: `progress`, with the lines measuring, generation-begin, token N, phase NAME
+and generation-end; from every rank: rank-R.pid. From the lab: pace-R.json; `set` and `go`, once losses are as they should be, for which
+the program waits after the first two; `calm`, once they are off, for which it waits after generation-end. A program that is started again writes all its
 marks again, and may have fewer ranks.
 """
 
@@ -168,6 +168,10 @@ class Run:
                 self.director.token(self.tokens, now)
             elif word == "phase":
                 self.director.phase(rest, now)
+            elif line == "measuring":
+                if self.lab.scenario.loss_during == "measuring":
+                    self._set_loss(True)
+                (self.lab.marks / "set").touch()
             elif line == "generation-begin":
                 (self.lab.marks / "calm").unlink(missing_ok=True)
                 self._set_loss(True)
@@ -180,7 +184,7 @@ class Run:
                 (self.lab.marks / "go").unlink(missing_ok=True)
                 self.ended_s = now - self.started
                 self.director.end(now)
-                if self.lab.scenario.loss_during == "generation":
+                if self.lab.scenario.loss_during != "always":
                     self._set_loss(False)
                 (self.lab.marks / "calm").touch()
 

@@ -22,6 +22,7 @@ ACTIONS = ("kill", "stop", "continue", "link-down", "link-up", "black-hole", "he
            "nan", "oom", "terminate")  # fmt: skip
 OPPOSITES = {"stop": "continue", "link-down": "link-up", "black-hole": "heal", "slowdown": "slowdown", "loss": "loss"}
 WITH_VALUE = ("slowdown", "loss", "reboot")
+LOSS_DURING = ("generation", "measuring", "always")  # from then on, until generation ends; always: while MPI starts, too
 
 
 def check(condition: bool, key: str, rule: str) -> None:
@@ -107,7 +108,7 @@ class Scenario:
     def __post_init__(self):
         check(self.congestion.isalnum(), "congestion", "the name of a TCP congestion control")
         check(self.rto_min_ms is None or self.rto_min_ms > 0, "rto_min_ms", "above 0")
-        check(self.loss_during in ("generation", "always"), "loss_during", '"generation" or "always"')
+        check(self.loss_during in LOSS_DURING, "loss_during", " or ".join(f'"{name}"' for name in LOSS_DURING))
 
 
 def load_scenario(path: str | Path, hosts: int | None = None) -> Scenario:

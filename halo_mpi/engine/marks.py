@@ -1,8 +1,8 @@
 """Working together with a network laboratory (bench/lab): the program marks its progress, the lab breaks things and sets the pace.
 
-Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines generation-begin, phase NAME,
-token N and generation-end; from every rank `rank-R.pid`. From the lab: `go` and `calm`, for which rank 0 waits after the first and
-the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which may change at any
+Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines measuring, generation-begin, phase
+NAME, token N and generation-end; from every rank `rank-R.pid`. From the lab: `set`, `go` and `calm`, for which rank 0 waits after the
+first, the second and the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which may change at any
 time. Without a lab nothing happens.
 """
 
@@ -32,6 +32,10 @@ class Marks:
         """The lab that this process was started in, if any."""
         folder = os.environ.get(LAB_DIR)
         return cls(Path(folder) if folder else None, rank)
+
+    def measuring(self) -> None:
+        """Devices and links are measured now; waits until the lab has switched its losses on, if they are to be seen."""
+        self._write("measuring", "set")
 
     def begin(self) -> None:
         """Generation begins; waits until the lab has switched its losses on."""

@@ -42,6 +42,7 @@ def measure(session: Session) -> Cluster | None:
         "disk_heads": len(session.store.entries("query")),
         "disk_groups": len(session.store.entries("ffn")),
     }
+    session.marks.measuring()
     return measure_cluster(session.comm, session.kernel, session.marks, session.link, about)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.kernel import Copied, Kernel, OwnForm
-from halo_mpi.model.kernels.tiles import Tiles, stored_tiles
+from halo_mpi.model.kernels.tiles import Tiles
 from halo_mpi.model.layer_weights import LayerWeights, runs_of
 from halo_mpi.model.records import VOCABULARY_BLOCK, vocabulary_blocks
 from halo_mpi.model.sizes import Shapes
@@ -213,11 +213,8 @@ def fill(matrix: Any, rows: slice, columns: slice, layout: RecordLayout, record:
     """Write a matrix of a record, or its first rows, but for some that are skipped, and columns, into a part of a larger one; tiles
     need whole ones."""
     if isinstance(matrix, Tiles):
-        stored = layout.parts[name]
-        target = _tiles(matrix, rows, columns)
-        source = stored_tiles(layout.bytes_of(record, name), stored.rows, stored.columns, stored.dtype)
-        (down, across), above = target.scale.shape[:2], skipped // TILE_ROWS
-        target.put(source.part(slice(above, above + down), slice(0, across)))
+        stored, bytes_in = layout.parts[name], layout.bytes_of(record, name)
+        matrix.put_stored(bytes_in, stored.rows, stored.columns, *_in_tiles(rows, columns), skipped // TILE_ROWS)
     elif isinstance(matrix, OwnForm):
         matrix.write(rows, columns, layout, record, name, skipped)
     else:
@@ -228,13 +225,12 @@ def fill(matrix: Any, rows: slice, columns: slice, layout: RecordLayout, record:
 def copy(matrix: Any, rows: slice, columns: slice, other: Any, other_rows: slice, other_columns: slice) -> None:
     """Write a part of one matrix into another of the same kind."""
     if isinstance(matrix, Tiles):
-        _tiles(matrix, rows, columns).put(_tiles(other, other_rows, other_columns))
+        matrix.part(*_in_tiles(rows, columns)).put(other.part(*_in_tiles(other_rows, other_columns)))
     elif isinstance(matrix, Copied):
         matrix.write_from(rows, columns, other, other_rows, other_columns)
     else:
         np.asarray(matrix)[rows, columns] = np.asarray(other)[other_rows, other_columns]
 
 
-def _tiles(matrix: Tiles, rows: slice, columns: slice) -> Tiles:
-    down, across = (slice(part.start // unit, -(-part.stop // unit)) for part, unit in ((rows, TILE_ROWS), (columns, BLOCK)))
-    return matrix.part(down, across)
+def _in_tiles(rows: slice, columns: slice) -> tuple[slice, slice]:
+    return slice(rows.start // TILE_ROWS, -(-rows.stop // TILE_ROWS)), slice(columns.start // BLOCK, -(-columns.stop // BLOCK))

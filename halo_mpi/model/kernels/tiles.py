@@ -19,6 +19,11 @@ from halo_mpi.store.encoding import BLOCK, TILE_ROWS
 
 CODE_BYTES = {"int4": TILE_ROWS * BLOCK // 2, "int8": TILE_ROWS * BLOCK}  # of a tile
 LINE = 64  # bytes of a cache line, and of the widest register
+_SCALES = (2 * TILE_ROWS, np.float16, TILE_ROWS)
+PLANES = {  # bytes by tile, type and number of what each plane holds
+    "int4": [(CODE_BYTES["int4"], np.uint8, CODE_BYTES["int4"]), _SCALES, _SCALES],
+    "int8": [(CODE_BYTES["int8"], np.uint8, CODE_BYTES["int8"]), _SCALES],
+}
 
 
 def tiles_down(rows: int) -> int:
@@ -41,7 +46,7 @@ class Tiles:
     def of(cls, memory: np.ndarray, down: int, across: int, dtype: str) -> "Tiles":
         """In the first bytes of `memory`, uint8, which begins at a cache line."""
         count, planes = down * across, []
-        for size, kind, width in cls._planes(dtype):
+        for size, kind, width in PLANES[dtype]:
             planes.append(memory[: count * size].view(kind).reshape(down, across, width))
             memory = memory[-(-count * size // LINE) * LINE :]
         return cls(*planes, *([None] if dtype == "int8" else []))
@@ -49,13 +54,7 @@ class Tiles:
     @classmethod
     def bytes_of(cls, down: int, across: int, dtype: str) -> int:
         """What `of` needs."""
-        return sum(-(-down * across * size // LINE) * LINE for size, _, _ in cls._planes(dtype))
-
-    @staticmethod
-    def _planes(dtype: str) -> list[tuple[int, type, int]]:
-        """Bytes by tile, type and number of what each plane holds."""
-        scales = (2 * TILE_ROWS, np.float16, TILE_ROWS)
-        return [(CODE_BYTES[dtype], np.uint8, CODE_BYTES[dtype]), scales, *([scales] if dtype == "int4" else [])]
+        return sum(-(-down * across * size // LINE) * LINE for size, _, _ in PLANES[dtype])
 
     @property
     def dtype(self) -> str:
@@ -83,11 +82,23 @@ class Tiles:
         for mine, theirs in zip(self.planes, other.planes):
             mine[...] = theirs
 
+    def put_stored(self, data: np.ndarray, rows: int, columns: int, down: slice, across: slice, above: int = 0) -> None:
+        """Copy a matrix of so many rows and columns as it is stored (uint8), from row tile `above` on, to some row and column tiles.
+
+        The same as `put` from `stored_tiles` in a quarter of the time: whoever reads at every token keeps the computing thread from
+        Python's lock meanwhile."""
+        stored, start = (tiles_down(rows), tiles_across(columns)), 0
+        for plane, (size, kind, width) in zip((self.codes, self.scale, self.minimum), PLANES[self.dtype]):
+            end, target = start + stored[0] * stored[1] * size, plane[down, across]
+            source = data[start:end].view(kind).reshape(*stored, width)
+            target[...] = source[above : above + target.shape[0], : target.shape[1]]
+            start = end
+
 
 def stored_tiles(data: np.ndarray, rows: int, columns: int, dtype: str) -> Tiles:
     """An int4 or int8 matrix as a view of its bytes in a record (uint8)."""
     down, across, start, planes = tiles_down(rows), tiles_across(columns), 0, []
-    for size, kind, width in Tiles._planes(dtype):
+    for size, kind, width in PLANES[dtype]:
         end = start + down * across * size
         planes.append(data[start:end].view(kind).reshape(down, across, width))
         start = end
