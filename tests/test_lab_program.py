@@ -63,6 +63,15 @@ def test_the_tokens_are_the_same_in_every_scenario_that_kills_nobody(can, small,
         assert report["devices"][2]["paced"] == {"pace_ms": 0.7, "slowdown": 0.25, "row_share": 0.0}
 
 
+@pytest.mark.slow
+def test_the_scheduler_sees_losses_that_are_on_when_it_measures(can, small, tmp_path):
+    can("kernel")
+    scenario = scenario_file(tmp_path, 'hosts = 3\nloss_during = "measuring"\n[host.pi3]\nloss = 0.3\n')
+    report, _ = generated(scenario, small, tmp_path, 2, options=("--placement", "auto"))
+    late = [device["late_rate"] for device in report["scheduler"]["devices"]]
+    assert late[2] > max(0.1, late[1])
+
+
 def test_the_real_program_gives_the_same_tokens_with_and_without_losses(can, tiny, tmp_path):
     """Strict: what the network does changes the time, not the text. Losses are on only between the marks."""
     can("kernel")

@@ -70,6 +70,8 @@ def test_a_device_spoils_its_answers_when_the_lab_says_so(tmp_path):
 
 def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
     marks = Marks(tmp_path, 0)
+    (tmp_path / "set").touch()
+    marks.measuring()
     threading.Timer(0.2, (tmp_path / "go").touch).start()
     begin = time.perf_counter()
     marks.begin()
@@ -79,7 +81,7 @@ def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
     marks.token()
     (tmp_path / "calm").touch()
     marks.end()
-    lines = ["generation-begin", "phase prefill", "token 1", "token 2", "generation-end"]
+    lines = ["measuring", "generation-begin", "phase prefill", "token 1", "token 2", "generation-end"]
     assert (tmp_path / "progress").read_text().splitlines() == lines
     assert int((tmp_path / "rank-0.pid").read_text()) == os.getpid()
 
