@@ -99,6 +99,19 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.tobytes() == b.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+@pytest.mark.parametrize("down, across, above", [((1, 3), (1, 3), 0), ((0, 1), (2, 4), 1), ((3, 9), (3, 9), 0)])
+def test_a_stored_matrix_is_put_where_its_tiles_would_be(dtype, down, across, above):
+    """Of 2 by 2 tiles into 4 by 4, the last of which lie outside: as far as both reach."""
+    data = np.frombuffer(encode(np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32), dtype), np.uint8)
+    one, other = (Tiles.of(aligned_bytes(Tiles.bytes_of(4, 4, dtype)), 4, 4, dtype) for _ in range(2))
+    target = one.part(slice(*down), slice(*across))
+    (high, wide), stored = target.scale.shape[:2], stored_tiles(data, 32, 64, dtype)
+    target.put(stored.part(slice(above, above + high), slice(0, wide)))
+    other.put_stored(data, 32, 64, slice(*down), slice(*across), above)
+    assert all(same_bits(mine, theirs) for mine, theirs in zip(one.planes, other.planes)) and one.scale.any()
+
+
 SHAPES = [
     (shape(), [0, 1, 2, 3, 4, 5]),
     (shape(hidden=24, head_dim=20), [0, 4, 5]),  # uneven runs
