@@ -105,7 +105,8 @@ def test_texts_in_any_order_with_any_faults_and_moves_are_the_same(deep, anew, d
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("lookup", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("lookup", [0, 4])
 def test_a_batch_of_prompts_that_begin_alike_is_the_same_as_one_by_one(tiny, tmp_path, lookup):
     prompts = ["The quick brown fox jumps over the dog", "The quick brown fox jumps high", "A fox", "A fox"]
     lines = [{"id": number, "prompt": prompt} for number, prompt in enumerate(prompts)]

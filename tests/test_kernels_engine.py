@@ -46,6 +46,7 @@ def test_logits_are_those_of_the_reference_but_for_inputs_in_8_bits(stored, dtyp
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_a_calibrated_model_in_int4_has_a_down_in_int8(stored, tmp_path):
     """Sorting neurons tears its 4-bit blocks apart."""
     model = tmp_path / "calibrated.halo"

@@ -128,6 +128,7 @@ def test_a_computer_without_llvmlite_writes_a_text(stored, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_three_ranks_write_what_one_writes(stored, tmp_path):
     options = ("--model", stored(PACKABLE, "int4"), "--prompt", "The quick", "--max-tokens", "5", "--ignore-eos", "--kernel", "torch",
                "--wire", "f32")  # fmt: skip

@@ -129,7 +129,7 @@ def test_messages_are_looked_at_while_a_part_is_waited_for(deep):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), pytest.param(3, "strict", marks=pytest.mark.slow), (3, "relaxed")])
+@pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), *(pytest.param(3, sync, marks=pytest.mark.slow) for sync in ("strict", "relaxed"))])
 def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ranks, sync):
     options = ["--model", deep, *PROMPT, *EVEN, "--sync", sync, "--wire", "f32"]
     held = report_of(ranks, "generate", tmp_path, *options)
@@ -142,6 +142,7 @@ def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ra
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_each_rank_may_have_a_memory_of_its_own(deep, tmp_path):
     options = ["--model", deep, *PROMPT, *EVEN, "--wire", "f32"]
     held = report_of(3, "generate", tmp_path, *options)
@@ -154,6 +155,7 @@ def test_each_rank_may_have_a_memory_of_its_own(deep, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_the_least_memory_is_told_and_suffices(deep, tmp_path):
     told = halo(2, "generate", "--model", deep, *PROMPT, "--memory", "1K")
     (line,) = told.complaints
@@ -164,6 +166,7 @@ def test_the_least_memory_is_told_and_suffices(deep, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_weights_read_before_the_first_prompt_are_the_same(deep, tmp_path):
     first, meanwhile = (report_of(2, "generate", tmp_path, "--model", deep, *PROMPT, *how) for how in (["--load-first"], []))
     assert first["token_ids"] == meanwhile["token_ids"] and first["load_s"] > 0 and meanwhile["load_s"] > 0

@@ -191,6 +191,7 @@ def test_an_interrupted_run_gives_the_cursor_back(deep, monkeypatch):
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_the_table_of_a_run_is_on_standard_error(tiny):
     options = ("--model", tiny, "--prompt", "The dog", "--max-tokens", 8, "--ignore-eos")
     quiet, verbose = (succeed(halo(3, "generate", *options, *more)) for more in ((), ("--verbose",)))

@@ -22,7 +22,7 @@ from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simula
 from tests.test_protocol import RELAXED, caches_are_complete, slow_links, stalls
 
 pytestmark = pytest.mark.timeout(300)
-examples = generated(4)
+examples = generated(2)
 
 
 def any_plan(simulation: Simulation, seed: int) -> Plan:

@@ -37,7 +37,7 @@ def is_the_same(out: Path, still: np.ndarray) -> bool:
 
 
 @mpi
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 3, 4)])
 def test_parts_that_move_at_random_compute_the_same(deep, still, tmp_path, ranks):
     file, out = job(tmp_path, deep, "moves")
     succeed(run(ranks, PROGRAMS / "moves.py", file))

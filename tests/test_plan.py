@@ -214,6 +214,7 @@ def test_a_disk_without_the_shard_keeps_a_rank_from_its_measured_share():
 
 
 @mpi
+@pytest.mark.slow
 def test_a_budget_is_planned_with_what_the_disk_gives(tiny):
     planned = json.loads(succeed(halo(2, "plan", "--model", tiny, "--memory", "2G", "--json")).out)
     assert all(device["read_gbps"] > 0.01 and device["memory"] == 2 * 2**30 for device in planned["devices"])
@@ -222,13 +223,14 @@ def test_a_budget_is_planned_with_what_the_disk_gives(tiny):
 
 
 @mpi
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_plan_measures_the_ranks_that_it_runs_on(tiny, ranks):
     out = succeed(halo(ranks, "plan", "--model", tiny)).out
     assert "A token takes" in out and "considered" in out and out.count("\n│") >= ranks
 
 
 @mpi
+@pytest.mark.slow
 def test_auto_measures_and_says_what_it_chose(tiny, tmp_path):
     options = ("--model", tiny, "--prompt", "The", "--max-tokens", 4, "--placement", "auto", "--wire", "f32")
     report = report_of(3, "generate", tmp_path, *options)

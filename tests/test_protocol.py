@@ -23,7 +23,7 @@ modes = st.builds(
     lambda lag, quality, late, deadline: replace(RELAXED, max_lag=lag, quality=quality, late=late, deadline_ms=deadline),
     st.integers(0, 6), st.sampled_from([0.0, 0.3, 0.6, 1.0]), st.sampled_from(["defer", "defer", "drop"]), st.sampled_from([0.0, 0.4, 2.0]),
 )  # fmt: skip
-examples = generated(8)
+examples = generated(4)
 
 
 def caches_are_complete(simulation: Simulation, rows: int) -> None:

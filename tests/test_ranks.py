@@ -46,7 +46,7 @@ def variants(tmp_path_factory) -> dict:
     return result
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
+@pytest.mark.parametrize("ranks", [1, 2, 3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 5, 8))])
 def test_logits_are_those_of_transformers_on_any_number_of_ranks(variants, ranks, tmp_path):
     jobs = [
         {"model": str(model), "ids": IDS, "out": str(tmp_path / f"{number}.npz")}
@@ -67,7 +67,7 @@ def test_llama3_scaling_is_in_effect(variants):
     assert np.abs(variants["llama3 rope"][1] - variants["grouped-query"][1]).max() > 0.1
 
 
-@pytest.mark.parametrize("placement", ["root-attention", {"heads": [1, 0, 3], "groups": [0, 3, 0]}])
+@pytest.mark.parametrize("placement", [{"heads": [1, 0, 3], "groups": [0, 3, 0]}, pytest.param("root-attention", marks=pytest.mark.slow)])
 def test_uneven_shares_give_the_same_logits(variants, placement, tmp_path):
     model, expected = variants["grouped-query"]
     if isinstance(placement, dict):
@@ -79,7 +79,7 @@ def test_uneven_shares_give_the_same_logits(variants, placement, tmp_path):
     assert np.abs(np.load(tmp_path / "out.npz")["steps"] - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("wire, tolerance", [("f16", 0.05), ("q8", 0.5)])
+@pytest.mark.parametrize("wire, tolerance", [pytest.param("f16", 0.05, marks=pytest.mark.slow), ("q8", 0.5)])
 def test_short_numbers_on_the_wire_stay_close(variants, wire, tolerance, tmp_path):
     model, expected = variants["grouped-query"]
     (tmp_path / "jobs.json").write_text(json.dumps([{"model": str(model), "ids": IDS, "out": str(tmp_path / "out.npz")}]))

@@ -49,6 +49,7 @@ def accounted_for(report: dict, strict: dict) -> dict:
 
 @mpi
 @pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.slow
 def test_nothing_late_is_the_text_of_strict_mode(deep, strict, tmp_path, ranks):
     report = relaxed(deep, tmp_path, ranks, "--deadline-ms", LATE)
     ledger = accounted_for(report, strict(ranks))
@@ -85,6 +86,7 @@ def test_quality_bounds_what_is_inexact(deep, strict, tmp_path):
 
 
 @mpi
+@pytest.mark.slow
 def test_no_lag_or_no_quality_defers_nothing(deep, strict, tmp_path):
     for option in ("--max-lag", "--quality"):
         report = relaxed(deep, tmp_path, 3, "--deadline-ms", 0, option, 0)
@@ -95,6 +97,7 @@ def test_no_lag_or_no_quality_defers_nothing(deep, strict, tmp_path):
 
 @mpi
 @pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.slow
 def test_what_is_late_is_dropped_if_so_told(deep, strict, tmp_path, ranks):
     report = relaxed(deep, tmp_path, ranks, *HASTY, "--late", "drop")
     ledger = accounted_for(report, strict(ranks))
@@ -102,7 +105,8 @@ def test_what_is_late_is_dropped_if_so_told(deep, strict, tmp_path, ranks):
 
 
 @mpi
-@pytest.mark.parametrize("wire, tolerance", [("f32", 1e-6), pytest.param("q8", 0.02, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wire, tolerance", [("f32", 1e-6), ("q8", 0.02)])
+@pytest.mark.slow
 def test_evaluate_gives_nearly_the_perplexity_of_one_rank(deep, tmp_path, wire, tolerance):
     (tmp_path / "text.txt").write_text(
         "It is a truth universally acknowledged, that the quick brown fox jumps over the dog. " * 2
@@ -116,6 +120,7 @@ def test_evaluate_gives_nearly_the_perplexity_of_one_rank(deep, tmp_path, wire, 
 
 
 @mpi
+@pytest.mark.slow
 def test_q8_is_less_to_send(deep, tmp_path):
     reports = [relaxed(deep, tmp_path, 3, "--deadline-ms", LATE, "--kick-ms", 0, "--wire", wire) for wire in ("f16", "q8")]
     f16, q8 = ([device["sent_bytes"] for device in report["devices"]] for report in reports)
@@ -187,7 +192,7 @@ def test_without_tuning_no_socket_is_tuned(can, deep, tmp_path):
 
 
 @lab
-@pytest.mark.parametrize("sync", ["strict", "relaxed"])
+@pytest.mark.parametrize("sync", [pytest.param("strict", marks=pytest.mark.slow), "relaxed"])
 def test_a_long_prompt_goes_in_large_messages(can, wide, tmp_path, sync):
     """Above 64 KiB MPI waits for the receiver, and a small message may complete before a large one that was sent first."""
     can("kernel")

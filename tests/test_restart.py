@@ -57,6 +57,7 @@ def test_a_killed_root_ends_the_job_and_is_not_started_again(light):
         assert "rank 0 was killed" in err
 
 
+@pytest.mark.slow
 def test_where_all_read_at_every_token_a_lost_worker_means_another_start(deep, tmp_path):
     if not mpi_tolerates():
         pytest.skip("this MPI ends all ranks with one")

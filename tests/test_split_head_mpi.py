@@ -30,6 +30,7 @@ def test_the_text_is_that_of_the_root_alone(stored, tmp_path):  # noqa: F811
     assert held[1] > held[0]
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_the_root_alone_in_f16_too(stored, tmp_path):  # noqa: F811
     ids = [
         report_of(3, "generate", tmp_path, "--model", stored("int4"), *TEXT, "--head", head)["token_ids"]
@@ -38,6 +39,7 @@ def test_the_text_is_that_of_the_root_alone_in_f16_too(stored, tmp_path):  # noq
     assert ids[0] == ids[1]
 
 
+@pytest.mark.slow
 def test_rows_that_a_workers_memory_does_not_hold_stay_on_the_root(stored, tmp_path):  # noqa: F811
     needs = report_of(3, "generate", tmp_path, "--model", stored("int8"), *TEXT)["devices"]
     most = max(device["weights_bytes"] for device in needs[1:])
@@ -47,6 +49,7 @@ def test_rows_that_a_workers_memory_does_not_hold_stay_on_the_root(stored, tmp_p
         assert (max(rows_of(report)[1:]) > 0) == split and sum(rows_of(report)) == 320
 
 
+@pytest.mark.slow
 def test_perplexity_hardly_depends_on_it(stored, tmp_path):  # noqa: F811
     options = ("--model", stored("int4"), "--text", ROOT / "README.md", "--tokens", "200", "--context", "100")
     found = {}
@@ -72,6 +75,7 @@ def test_a_worker_killed_while_it_scores_does_not_change_the_text(stored, tmp_pa
     assert found["devices"][2]["state"] == "lost" and found["devices"][2]["head_rows"] == 96
 
 
+@pytest.mark.slow
 def test_rows_that_the_scheduler_gives_are_scored(stored, tmp_path):  # noqa: F811
     report = tmp_path / "given.json"
     options = ("--model", stored("int4"), *TEXT, "--wire", "f32", "--json", report)

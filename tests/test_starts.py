@@ -48,6 +48,7 @@ def test_the_same_while_devices_are_measured(light, tmp_path, moment, signal):
     assert "halo-mpi: rank 1 " in err and "starting again" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_before_mpi_has_started_holds_nobody_up(light, whole_light, tmp_path):
     code, out, err, took = bad_start(light, tmp_path, 1, "import", "SIGKILL")
     assert (code, out) == (0, whole_light), err
