@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halo_mpi.engine.history import AttentionInputs
-from halo_mpi.engine.lookup import LONGEST, MOST_GUESSES, Guesser, PassCounts
+from halo_mpi.engine.lookup import LONGEST, MOST_GUESSES, Guesser, PassCounts, PassTimes
 from halo_mpi.engine.sampling import Sampler, Sampling
 from halo_mpi.engine.text import tokens_after
 from tests.simulator import CONTEXT, IDS, NO_STALL, QUICK, RANKS, STRICT, Simulation, generated
@@ -61,6 +61,32 @@ def test_guesses_that_are_never_right_become_few_and_come_back_when_they_are():
         count = len(guesser.guess(8))
         guesser.judge(count, count)
     assert len(guesser.guess(8)) == 8
+
+
+@pytest.mark.parametrize("step, row", [(0.0, 0.03), (0.0, 0.5), (0.8, 0.05), (3.0, 0.3)])
+def test_what_passes_take_is_learned(step, row):
+    times = PassTimes()
+    for number in range(200):
+        times.add(0, 0.1)
+        times.add(guesses := 1 + number % 8, 0.1 * (1 + step + row * guesses))
+    some = np.arange(9)
+    longest = np.minimum(1 + (step + row * some) * (some > 0), 5)
+    assert times.relative(some) == pytest.approx(longest, rel=0.15)
+
+
+def test_where_guesses_take_long_there_are_few_until_that_is_forgotten():
+    guesser = Guesser(8)
+    guesser.begin([1, 2, 3, 9, 1, 2])
+    at_first = len(guesser.guess(8))
+    for _ in range(50):
+        guesser.times.add(0, 0.1)
+        guesser.times.add(2, 0.4)
+    assert at_first >= 3 and not guesser.guess(8)
+    guesser.times.add(0, 100.0)
+    assert not guesser.guess(8)
+    for _ in range(1000):
+        guesser.times.add(0, 0.1)
+    assert len(guesser.guess(8)) >= at_first - 1
 
 
 def test_without_guesses_nothing_is_remembered():

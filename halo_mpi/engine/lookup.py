@@ -5,13 +5,17 @@ the last token of the text, and count as far as the model's own choice is the sa
 text is the one that would be written without guesses. (arXiv 2211.17192 with the text as the draft, known as prompt lookup.)
 """
 
-import math
 from dataclasses import dataclass
+
+import numpy as np
 
 MOST_GUESSES = 15  # in a pass
 AUTO = 8  # of --lookup auto: docs/speed.md has what others take
 LONGEST = 4  # tokens that are looked up: with 2 a token costs 4 % more on bench/texts/lookup.jsonl, with 6 or 8 no less
-WORTH = 0.1  # chance of being right from which a guess is made; a further row takes 0.08 of the time of a pass that only computes
+ROW = 0.1  # of a pass's time that a further token takes, at first; int4 kernels: 78 us for 1 row, 96 for 4
+EXPECTED_PASSES = 2.0  # that this counts for
+OUTLIER = 5  # times the usual pass: longer ones count as this
+LEARNED, DOUBTED = 0.1, 0.003  # how fast the usual pass is learned, and what others take forgotten while there are none
 # Of a guess, by how many tokens were found again, at first. SmolLM2-135M on bench/texts/lookup.jsonl: 0.2 to 0.3, 0.7, 0.9, 0.94.
 CHANCE = {1: 0.25, 2: 0.65, 3: 0.85, 4: 0.9}
 EXPECTED = 1.0  # guesses that this counts for
@@ -48,6 +52,7 @@ class Guesser:
         self.most = most
         self._right = dict.fromkeys(CHANCE, 0.0)  # guesses, by how many tokens were found again
         self._made = dict.fromkeys(CHANCE, 0.0)
+        self.times = PassTimes()
         self.begin([])
 
     def begin(self, text: list[int]) -> None:
@@ -89,6 +94,41 @@ class Guesser:
             self._made[self._found] += made
 
     def _worth(self, length: int) -> int:
-        """How many guesses are: the last one's chance is that of all before it being right, too."""
+        """How many guesses give the most tokens in a time, if each is right as often as those of this length were."""
         chance = (self._right[length] + CHANCE[length] * EXPECTED) / (self._made[length] + EXPECTED)
-        return int(math.log(WORTH) / math.log(min(chance, 0.99)))
+        tokens = 1 + np.cumsum([0.0] + [chance**number for number in range(1, self.most + 1)])
+        return int(np.argmax(tokens / self.times.relative(np.arange(self.most + 1))))
+
+
+class PassTimes:
+    """What passes with guesses take, of the time of one without: 1 + step + row x guesses, fitted to the latest ones.
+
+    By slow kernels a row takes more than elsewhere; on a lossy link the first one does, with which a message is more than a packet.
+    """
+
+    def __init__(self):
+        self._alone_s = 0.0
+        some = np.arange(1, AUTO + 1)
+        self._known = self._at_first = _sums(some, ROW * some) * EXPECTED_PASSES / AUTO
+
+    def add(self, guesses: int, seconds: float) -> None:
+        """A pass took so long."""
+        alone_s = self._alone_s or seconds
+        seconds = min(seconds, OUTLIER * alone_s)
+        if not guesses:
+            self._alone_s = alone_s + LEARNED * (seconds - alone_s)
+            self._known = self._known + DOUBTED * (self._at_first - self._known)
+        elif self._alone_s:
+            self._known = (1 - FORGOTTEN) * self._known + _sums(np.array([guesses]), np.array([seconds / alone_s - 1]))
+
+    def relative(self, guesses: np.ndarray) -> np.ndarray:
+        """The times of passes with so many guesses each."""
+        count, x, xx, y, xy = self._known
+        row = max(0.0, (count * xy - x * y) / (count * xx - x * x))
+        step = max(0.0, (y - row * x) / count)
+        return 1 + (step + row * guesses) * (guesses > 0)
+
+
+def _sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a line is fitted by."""
+    return np.array([len(x), x.sum(), (x * x).sum(), y.sum(), (x * y).sum()], float)

@@ -103,6 +103,8 @@ def tokens_after(root: Root, text: list[int], longest: int, sampler: Sampler, en
         now = time.perf_counter()
         counts.accepted += len(chosen) - 1
         guesser.judge(min(len(guesses), len(chosen)), len(chosen) - 1)
+        if counts.passes:
+            guesser.times.add(len(guesses), now - begin)
         guesser.add(text[-len(chosen) :])
         for token, random in chosen:
             yield token, random, (now - begin) / len(chosen)
