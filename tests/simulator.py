@@ -269,6 +269,7 @@ class _RootBox:
     def __init__(self, box: Box):
         self._box = box
         self.poll, self.close, self.width, self.ended = box.poll, box.close, box.width, box.ended
+        self.copies: dict[int, int] = {}
 
     def post(self, peers, *message, **fields) -> None:
         for peer in peers:

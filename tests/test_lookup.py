@@ -89,6 +89,23 @@ def test_where_guesses_take_long_there_are_few_until_that_is_forgotten():
     assert len(guesser.guess(8)) >= at_first - 1
 
 
+def test_on_lossy_links_only_what_is_likely_is_guessed_until_passes_turn_out_short():
+    guesser = Guesser(8)
+    guesser.begin([1, 2, 3, 4, 9, 1, 2])
+    assert guesser.guess(8)
+    for _ in range(2):
+        guesser.times.expect_losses()
+        assert not guesser.guess(8)
+    guesser.add([3, 4])
+    assert len(guesser.guess(8)) == 8
+    for _ in range(30):
+        guesser.times.add(0, 0.1)
+        guesser.times.add(4, 0.11)
+        guesser.times.expect_losses()
+    guesser.begin([1, 2, 3, 4, 9, 1, 2])
+    assert guesser.guess(8)
+
+
 def test_without_guesses_nothing_is_remembered():
     guesser = Guesser(0)
     guesser.begin([1, 2, 1, 2])

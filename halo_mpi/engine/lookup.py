@@ -12,7 +12,8 @@ import numpy as np
 MOST_GUESSES = 15  # in a pass
 AUTO = 8  # of --lookup auto: docs/speed.md has what others take
 LONGEST = 4  # tokens that are looked up: with 2 a token costs 4 % more on bench/texts/lookup.jsonl, with 6 or 8 no less
-ROW = 0.1  # of a pass's time that a further token takes, at first; int4 kernels: 78 us for 1 row, 96 for 4
+ROW = 0.1  # of a pass's time that a guess takes, at first; int4 kernels: 78 us for 1 row, 96 for 4
+LOSSY = 1.5  # and more that any guesses take where packets are lost; bench.lookup at 5 %
 EXPECTED_PASSES = 2.0  # that this counts for
 OUTLIER = 5  # times the usual pass: longer ones count as this
 LEARNED, DOUBTED = 0.1, 0.003  # how fast the usual pass is learned, and what others take forgotten while there are none
@@ -103,13 +104,24 @@ class Guesser:
 class PassTimes:
     """What passes with guesses take, of the time of one without: 1 + step + row x guesses, fitted to the latest ones.
 
-    By slow kernels a row takes more than elsewhere; on a lossy link the first one does, with which a message is more than a packet.
+    By slow kernels a row takes more than elsewhere; on lossy links the first one does: with it a message is more than a packet, and is
+    not sent twice.
     """
 
     def __init__(self):
         self._alone_s = 0.0
+        self._lossy = False
+        self._expect(0.0)
+
+    def _expect(self, step: float) -> None:
         some = np.arange(1, AUTO + 1)
-        self._known = self._at_first = _sums(some, ROW * some) * EXPECTED_PASSES / AUTO
+        self._known = self._at_first = _sums(some, step + ROW * some) * EXPECTED_PASSES / AUTO
+
+    def expect_losses(self) -> None:
+        """Packets are lost, as has been found out just now or before."""
+        if not self._lossy:
+            self._lossy = True
+            self._expect(LOSSY)
 
     def add(self, guesses: int, seconds: float) -> None:
         """A pass took so long."""

@@ -30,6 +30,7 @@ from halo_mpi.engine.vocabulary import Vocabulary
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.norms import Norms
 from halo_mpi.predict.fits import SINKS
+from halo_mpi.schedule.devices import AT_FIRST
 from halo_mpi.schedule.placement import Plan
 from halo_mpi.wire.messages import EPOCHS, Kind
 from halo_mpi.wire.root_link import Answer, RootLink
@@ -65,6 +66,11 @@ class Root:
         self._late = LateSums(self._sums, predictor, self.crew, self.ledger, self._drops, self._check)
         self._epoch, self._text, self._whole = 0, HeldText(), True  # whole: the caches hold the text so far
         self.compute_s, self.computed_tokens = 0.0, 0  # own share and head
+
+    @property
+    def on_lossy_links(self) -> bool:
+        """Whether somebody's small messages are sent more often than usual."""
+        return max(self._link.copies.values(), default=0) > AT_FIRST
 
     def held(self, tokens: list[int]) -> int:
         """How many of a new text's first tokens need not be computed, since the caches hold them; not the last."""

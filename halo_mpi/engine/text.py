@@ -105,6 +105,8 @@ def tokens_after(root: Root, text: list[int], longest: int, sampler: Sampler, en
         guesser.judge(min(len(guesses), len(chosen)), len(chosen) - 1)
         if counts.passes:
             guesser.times.add(len(guesses), now - begin)
+        if root.on_lossy_links:
+            guesser.times.expect_losses()
         guesser.add(text[-len(chosen) :])
         for token, random in chosen:
             yield token, random, (now - begin) / len(chosen)
