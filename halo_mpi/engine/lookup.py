@@ -20,7 +20,7 @@ LEARNED, DOUBTED = 0.1, 0.003  # how fast the usual pass is learned, and what ot
 # Of a guess, by how many tokens were found again, at first. SmolLM2-135M on bench/texts/lookup.jsonl: 0.2 to 0.3, 0.7, 0.9, 0.94.
 CHANCE = {1: 0.25, 2: 0.65, 3: 0.85, 4: 0.9}
 EXPECTED = 1.0  # guesses that this counts for
-FORGOTTEN = 0.03  # of what was seen, in a pass: so even where nothing is ever right, one pass in some tries again
+FORGOTTEN = 0.03  # of what was seen, in a pass
 
 
 @dataclass(slots=True)
@@ -47,26 +47,30 @@ class PassCounts:
 
 
 class Guesser:
-    """Guesses at most `most` tokens at a time; 0: never any."""
+    """Guesses at most `most` tokens at a time; 0: never any.
+
+    It learns how often it is right from every token, whether it was guessed or would have been; `times`: what that costs.
+    """
 
     def __init__(self, most: int):
         self.most = most
-        self._right = dict.fromkeys(CHANCE, 0.0)  # guesses, by how many tokens were found again
-        self._made = dict.fromkeys(CHANCE, 0.0)
         self.times = PassTimes()
+        self._right = dict.fromkeys(CHANCE, 0.0)  # guesses, by how many tokens were found again
+        self._seen = dict.fromkeys(CHANCE, 0.0)
         self.begin([])
 
     def begin(self, text: list[int]) -> None:
         """Another text, with its tokens so far."""
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # some tokens -> where the one is that followed them last
-        self._found = 0  # tokens, of the last guesses
+        self._found, self._expected = 0, []  # tokens, and what should follow them
         self.add(text)
 
     def add(self, tokens: list[int]) -> None:
         """The text goes on."""
         if not self.most:
             return
+        self._judge(tokens)
         text = self._text
         for token in tokens:
             for length in range(1, min(LONGEST, len(text)) + 1):
@@ -74,29 +78,36 @@ class Guesser:
             text.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """The tokens that will probably follow, at most so many; `judge` must be told what became of them."""
-        self._found, text, most = 0, self._text, min(most, self.most)
+        """The tokens that will probably follow, at most so many."""
+        text, most = self._text, min(most, self.most)
         for length in range(min(LONGEST, len(text)), 0, -1) if most > 0 else ():
             if (start := self._after.get(tuple(text[-length:]))) is not None:
-                self._found = length
-                count, guesses = min(most, self._worth(length)), text[start : start + most]
-                while guesses and len(guesses) < count:  # a text that repeats itself goes on so
-                    guesses += guesses
-                return guesses[:count]
+                expected = text[start : start + most]
+                while len(expected) < most:  # a text that repeats itself goes on so
+                    expected += expected
+                self._found, self._expected = length, expected[:most]
+                return expected[: min(most, self._worth(length))]
         return []
 
-    def judge(self, made: int, right: int) -> None:
-        """Of the guesses, so many were looked at up to the first wrong one, and so many of these were right."""
+    def _judge(self, tokens: list[int]) -> None:
+        """What was expected, up to the first that is wrong."""
+        if not self._found:
+            return
+        right = 0
+        for token, expected in zip(tokens, self._expected):
+            if token != expected:
+                break
+            right += 1
         for length in CHANCE:
             self._right[length] *= 1 - FORGOTTEN
-            self._made[length] *= 1 - FORGOTTEN
-        if made:
-            self._right[self._found] += right
-            self._made[self._found] += made
+            self._seen[length] *= 1 - FORGOTTEN
+        self._right[self._found] += right
+        self._seen[self._found] += min(right + 1, len(tokens), len(self._expected))
+        self._found = 0
 
     def _worth(self, length: int) -> int:
         """How many guesses give the most tokens in a time, if each is right as often as those of this length were."""
-        chance = (self._right[length] + CHANCE[length] * EXPECTED) / (self._made[length] + EXPECTED)
+        chance = (self._right[length] + CHANCE[length] * EXPECTED) / (self._seen[length] + EXPECTED)
         tokens = 1 + np.cumsum([0.0] + [chance**number for number in range(1, self.most + 1)])
         return int(np.argmax(tokens / self.times.relative(np.arange(self.most + 1))))
 

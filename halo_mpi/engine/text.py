@@ -102,7 +102,6 @@ def tokens_after(root: Root, text: list[int], longest: int, sampler: Sampler, en
                 break
         now = time.perf_counter()
         counts.accepted += len(chosen) - 1
-        guesser.judge(min(len(guesses), len(chosen)), len(chosen) - 1)
         if counts.passes:
             guesser.times.add(len(guesses), now - begin)
         if root.on_lossy_links:
