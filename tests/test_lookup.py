@@ -75,6 +75,14 @@ def test_what_passes_take_is_learned(step, row):
     assert times.relative(some) == pytest.approx(1 + (step + row * some) * (some > 0), rel=0.15)
 
 
+def test_passes_that_are_all_alike_say_nothing_of_others():
+    times = PassTimes()
+    times.add(0, 0.1)
+    for number in range(2000):
+        times.add(8, 0.2 + 0.01 * (number % 3))
+    assert times.relative(np.array([0, 1, 8])) == pytest.approx([1, 1.5, 2.1], rel=0.3)
+
+
 def test_where_guesses_take_long_there_are_few_until_that_is_forgotten():
     guesser = Guesser(8)
     guesser.begin([1, 2, 3, 9, 1, 2])

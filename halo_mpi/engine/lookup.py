@@ -126,7 +126,8 @@ class PassTimes:
 
     def _expect(self, step: float, row: float) -> None:
         some = np.arange(1, AUTO + 1)
-        self._known = self._at_first = _sums(some, step + row * some) * EXPECTED_PASSES / AUTO
+        self._expected = _sums(some, step + row * some) * EXPECTED_PASSES / AUTO
+        self._seen = np.zeros_like(self._expected)
 
     def expect_losses(self) -> None:
         """Packets are lost, as has been found out just now or before."""
@@ -140,13 +141,13 @@ class PassTimes:
         seconds = min(seconds, OUTLIER * alone_s)
         if not guesses:
             self._alone_s = alone_s + LEARNED * (seconds - alone_s)
-            self._known = self._known + DOUBTED * (self._at_first - self._known)
+            self._seen *= 1 - DOUBTED
         elif self._alone_s:
-            self._known = (1 - FORGOTTEN) * self._known + _sums(np.array([guesses]), np.array([seconds / alone_s - 1]))
+            self._seen = (1 - FORGOTTEN) * self._seen + _sums(np.array([guesses]), np.array([seconds / alone_s - 1]))
 
     def relative(self, guesses: np.ndarray) -> np.ndarray:
         """The times of passes with so many guesses each."""
-        count, x, xx, y, xy = self._known
+        count, x, xx, y, xy = self._expected + self._seen
         row = max(0.0, (count * xy - x * y) / (count * xx - x * x))
         step = max(0.0, (y - row * x) / count)
         return 1 + (step + row * guesses) * (guesses > 0)
