@@ -15,6 +15,7 @@ LONGEST = 4  # tokens that are looked up: with 2 a token costs 4 % more on bench
 CLEAN = (0.0, 0.1)  # of a pass's time that any guesses take, and each, at first; int4 kernels: 78 us for 1 row, 96 for 4
 LOSSY = (1.5, 0.3)  # the same where packets are lost; bench.lookup at 5 %: 5.5 guesses take 3.2
 EXPECTED_PASSES = 2.0  # that this counts for
+WORTH = 1.05  # times as fast as without guesses; for less there are none
 OUTLIER = 10  # times the usual pass: longer ones count as this
 LEARNED, DOUBTED = 0.1, 0.003  # how fast the usual pass is learned, and what others take forgotten while there are none
 # Of a guess, by how many tokens were found again, at first. SmolLM2-135M on bench/texts/lookup.jsonl: 0.2 to 0.3, 0.7, 0.9, 0.94.
@@ -109,7 +110,8 @@ class Guesser:
         """How many guesses give the most tokens in a time, if each is right as often as those of this length were."""
         chance = (self._right[length] + CHANCE[length] * EXPECTED) / (self._seen[length] + EXPECTED)
         tokens = 1 + np.cumsum([0.0] + [chance**number for number in range(1, self.most + 1)])
-        return int(np.argmax(tokens / self.times.relative(np.arange(self.most + 1))))
+        speeds = tokens / self.times.relative(np.arange(self.most + 1))
+        return int(np.argmax(speeds)) if speeds.max() > WORTH else 0
 
 
 class PassTimes:
