@@ -60,7 +60,8 @@ Examples:
 @click.option(
     "--lookup", type=OrAuto(click.IntRange(0, MOST_GUESSES)), default="auto", show_default=True, metavar="auto|K",
     help="Guess up to K tokens from what followed the same words before, in prompt or text, and compute them along with the last one: "
-         "several tokens for the syncs of one where the text repeats itself, and the same text. --sync strict only; 0: off. "
+         "several tokens for the syncs of one where the text repeats itself, and the same text. Fewer where fewer pay, which is learned. "
+         "--sync strict only; 0: off. "
          f"auto: {AUTO} in strict mode with compiled kernels, else 0.",
 )  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Never choose the end-of-text token, so that --max-tokens are generated.")
