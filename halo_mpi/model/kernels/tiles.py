@@ -85,7 +85,7 @@ class Tiles:
     def put_stored(self, data: np.ndarray, rows: int, columns: int, down: slice, across: slice, above: int = 0) -> None:
         """Copy a matrix of so many rows and columns as it is stored (uint8), from row tile `above` on, to some row and column tiles.
 
-        The same as `put` from `stored_tiles` in a quarter of the time: whoever reads at every token keeps the computing thread from
+        The same as `put` from `stored_tiles` with half of its Python: whoever reads at every token keeps the computing thread from
         Python's lock meanwhile."""
         stored, start = (tiles_down(rows), tiles_across(columns)), 0
         for plane, (size, kind, width) in zip((self.codes, self.scale, self.minimum), PLANES[self.dtype]):
