@@ -119,6 +119,7 @@ def test_a_trial_measures_both_kernels():
 
 
 @pytest.mark.mpi
+@pytest.mark.slow
 def test_a_computer_without_llvmlite_writes_a_text(stored, tmp_path):
     options = ("--model", stored(PACKABLE, "int4"), "--prompt", "The quick", "--max-tokens", "5", "--ignore-eos")
     file = tmp_path / "report.json"

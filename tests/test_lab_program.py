@@ -114,6 +114,7 @@ def test_an_event_at_prefill_happens_before_the_first_token(can, small, tmp_path
     assert 1000 <= report["ttft_ms"] <= 1600 and report["tpot_ms"]["max"] < 400
 
 
+@pytest.mark.slow
 def test_without_fault_tolerance_a_dead_pi_ends_the_run_with_one_line_that_says_so(can, small, tmp_path):
     """Open MPI ends all ranks."""
     can("kernel")

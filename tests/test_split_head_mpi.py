@@ -18,6 +18,7 @@ def rows_of(report: dict) -> list[int]:
     return [device["head_rows"] for device in report["devices"]]
 
 
+@pytest.mark.slow
 def test_the_text_is_that_of_the_root_alone(stored, tmp_path):  # noqa: F811
     options = ("--model", stored("int4"), *TEXT)
     alone = report_of(4, "generate", tmp_path, *options, "--wire", "f32", "--head", "root")

@@ -25,7 +25,7 @@ def bad_start(light, tmp_path, rank, moment, signal, *options, text=TEXT):
 
 
 @pytest.mark.parametrize("moment, signal", [
-    ("agree", "SIGKILL"), slow("agree", "SIGSTOP"), ("load", "SIGKILL"), slow("load", "SIGSTOP"),
+    ("agree", "SIGKILL"), slow("agree", "SIGSTOP"), slow("load", "SIGKILL"), slow("load", "SIGSTOP"),
     *(slow(moment, signal) for moment in ("hosts", "connect") for signal in ("SIGKILL", "SIGSTOP")),
 ])  # fmt: skip
 def test_who_is_missing_at_the_start_is_named_and_the_run_starts_again(light, whole_light, tmp_path, moment, signal):
