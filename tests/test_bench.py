@@ -291,6 +291,7 @@ def test_evaluate_saves_the_likeliest_token_of_each_scored_position(tiny, tmp_pa
 
 @pytest.mark.lab
 @pytest.mark.timeout(150)
+@pytest.mark.slow
 def test_tpot_measures_strict_and_allreduce_in_the_lab(can, tiny, tmp_path):
     can("kernel")
     out, png = tmp_path / "r.json", tmp_path / "r.png"

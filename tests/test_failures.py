@@ -51,7 +51,10 @@ def test_wrong_use_on_one_rank(light, case):
     fails(finish(start_command(command), 60), 2, part)
 
 
-@pytest.mark.parametrize("case", ["no model", "unknown option", "temperature", "empty prompt", "memory"])
+MORE = [pytest.param(case, marks=pytest.mark.slow) for case in ("no model", "temperature", "empty prompt")]
+
+
+@pytest.mark.parametrize("case", ["unknown option", "memory", *MORE])
 def test_wrong_use_is_told_once_by_three_ranks(light, case):
     options, part = WRONG_USE[case]
     fails(halo(3, "generate", *(light if option == "M" else option for option in options)), 2, part)

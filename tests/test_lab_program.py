@@ -93,6 +93,7 @@ def test_the_real_program_gives_the_same_tokens_with_and_without_losses(can, tin
     assert sum(link["dropped"] for link in record["links"]) > 0
 
 
+@pytest.mark.slow
 def test_a_paced_host_takes_as_long_per_sync_as_the_scenario_says(can, small, tmp_path):
     can("kernel")
     tokens, pace_ms = 20, {"pi1": 6.0, "pi2": 6.0, "pi3": 24.0, "pi4": 0.0}
