@@ -129,7 +129,9 @@ def test_messages_are_looked_at_while_a_part_is_waited_for(deep):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("ranks", "sync"), [(1, "strict"), *(pytest.param(3, sync, marks=pytest.mark.slow) for sync in ("strict", "relaxed"))])
+@pytest.mark.parametrize(("ranks", "sync"), [
+    (1, "strict"), *(pytest.param(3, sync, marks=pytest.mark.slow) for sync in ("strict", "relaxed")),
+])  # fmt: skip
 def test_what_is_read_at_every_token_does_not_change_the_text(deep, tmp_path, ranks, sync):
     options = ["--model", deep, *PROMPT, *EVEN, "--sync", sync, "--wire", "f32"]
     held = report_of(ranks, "generate", tmp_path, *options)
