@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from halo_mpi.model.records import VOCABULARY_BLOCK
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
 from tests.test_bench import run_of
+from tests.mpi import ROOT
 
 pytestmark = pytest.mark.timeout(60)
 SYSTEM = "AVX2 = 1"
@@ -132,6 +133,14 @@ def overhead_run(ms: float, tree: str, ticks: bool = False, repeat: int = 0) -> 
     }
     parts = {"products": 1.0, "glue": 0.3, "wire": 0.1, "waiting": 2.0}
     return run | ({"parts_ms": [parts, {"products": 2.0, "glue": 0.02}]} if ticks else {})
+
+
+def test_a_checkout_without_guesses_is_not_told_to_make_none(tmp_path):
+    (tmp_path / "halo_mpi").mkdir()
+    (tmp_path / "halo_mpi" / "generate.py").write_text("")
+    program = ["halo_mpi.generate", "--lookup", "0", "--model", "m"]
+    assert overhead.known_to(tmp_path, program) == ["halo_mpi.generate", "--model", "m"]
+    assert overhead.known_to(ROOT, program) == program
 
 
 def test_two_checkouts_are_compared_and_overhead_is_told_per_sync():
