@@ -90,8 +90,8 @@ def table(content: dict) -> Table:
 
 def again(seed: int, settings: dict) -> str:
     """The command that plays one schedule again; the moments are those of the clock, so it may end otherwise."""
-    same = f"--model {settings['folder']} --tokens {settings['tokens']} --lookup {settings.get('lookup', 0)} --pace-ms {settings['pace_ms']:g}"
-    return f"python -m bench.fault_schedules --runs 1 --seed {seed} {same}"
+    same = f"--model {settings['folder']} --tokens {settings['tokens']} --pace-ms {settings['pace_ms']:g}"
+    return f"python -m bench.fault_schedules --runs 1 --seed {seed} {same} --lookup {settings.get('lookup', 0)}"
 
 
 @click.command(help=__doc__)

@@ -108,7 +108,8 @@ def scripts(sweep: Sweep, folder: Path) -> dict[str, str]:
     for model, mode, nodes, ranks in product(sweep.models, sweep.modes, sweep.nodes, sweep.ranks_per_node):
         name = f"{Path(model).stem}-{mode}-{nodes}x{ranks}"
         words = ["python", "-m", "halo_mpi.generate", "--model", model, "--prompt", sweep.prompt, "--max-tokens", sweep.tokens,
-                 "--ignore-eos", "--lookup", 0, "--threads", sweep.cores_per_rank, "--json", folder / f"{name}.json", *sweep.modes[mode]]  # fmt: skip
+                 "--ignore-eos", "--lookup", 0, "--threads", sweep.cores_per_rank, "--json", folder / f"{name}.json",
+                 *sweep.modes[mode]]  # fmt: skip
         found[name] = SCRIPT[sweep.system].format(
             name=name, nodes=nodes, ranks=ranks, cores=sweep.cores_per_rank, all_cores=ranks * sweep.cores_per_rank, time=sweep.time,
             log=folder / f"{name}.log", command=shlex.join(map(str, words)),

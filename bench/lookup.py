@@ -29,9 +29,7 @@ def prompts() -> dict[str, str]:
     return {line["id"]: line["prompt"] for line in map(json.loads, TEXTS.read_text().splitlines())}
 
 
-def run_text(
-    model: Path, prompt: str, guesses: int, scenario: dict, max_tokens: int, seconds: float, temperature: float
-) -> dict:
+def run_text(model: Path, prompt: str, guesses: int, scenario: dict, max_tokens: int, seconds: float) -> dict:
     """`generate` with so many guesses a pass, in a lab."""
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as folder:
         file = Path(folder) / "prompt.txt"
@@ -47,7 +45,7 @@ def run_text(
             guesses,
             "--samples",
         ]
-        program += ["--max-tokens", max_tokens, "--max-seconds", seconds, "--temperature", temperature, "--seed", 1]
+        program += ["--max-tokens", max_tokens, "--max-seconds", seconds]
         return run_in_lab(scenario, program, 2 * seconds + 2 * PATIENCE_S)
 
 
@@ -110,7 +108,6 @@ def table(content: dict) -> Table:
 @click.option("--guesses", type=Numbers(int, 0, MOST_GUESSES), default="0,2,4,8", show_default=True, help="Of a pass, at most.")
 @click.option("--max-tokens", type=click.IntRange(2), default=160, show_default=True)
 @click.option("--seconds", type=click.FloatRange(1), default=40.0, show_default=True, help="Time box of a text.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy; else sampled with seed 1.")
 @click.option("--hosts", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--loss", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of packets between two devices.")
 @click.option("--delay-ms", type=click.FloatRange(0), default=2.0, show_default=True, help="Of a packet between two devices.")
@@ -119,14 +116,14 @@ def table(content: dict) -> Table:
 )
 @click.option("--repeats", type=click.IntRange(1), default=2, show_default=True)
 @shared_options("pace", "minutes", "json")
-def main(model, texts, guesses, max_tokens, seconds, temperature, hosts, loss, delay_ms, row_share, repeats, pace_ms, minutes, out) -> int:
+def main(model, texts, guesses, max_tokens, seconds, hosts, loss, delay_ms, row_share, repeats, pace_ms, minutes, out) -> int:
     require_lab()
     scenario = {"hosts": hosts, "loss": loss, "delay_ms": delay_ms, "pace_ms": pace_ms, "row_share": row_share}
     results = Results("lookup", out, 0, model=config_of(model).name, texts=texts, guesses=guesses, max_tokens=max_tokens,
-                      seconds=seconds, temperature=temperature, repeats=repeats, **scenario)  # fmt: skip
+                      seconds=seconds, repeats=repeats, **scenario)  # fmt: skip
 
     def run(cell: dict) -> dict:
-        return run_text(model, prompts()[cell["text"]], cell["guesses"], scenario, max_tokens, seconds, temperature)
+        return run_text(model, prompts()[cell["text"]], cell["guesses"], scenario, max_tokens, seconds)
 
     groups = [[{"text": t, "guesses": g, "repeat": r} for g in guesses] for r in range(repeats) for t in texts]
     measure(groups, run, line_of, lambda _: 20 + seconds / 2, minutes, results)

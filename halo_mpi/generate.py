@@ -73,7 +73,8 @@ Examples:
 @version_option
 @click.pass_obj
 def generate(comm, run: RunOptions, prompt: str | None, prompt_file: Path | None, prompts: Path | None, out: Path | None, resume: bool,
-             chat: bool, max_seconds: float | None, seed: int | None, lookup: int | None, kept_in: Path | None, **options) -> Parting:  # fmt: skip
+             chat: bool, max_seconds: float | None, seed: int | None, lookup: int | None, kept_in: Path | None,
+             **options) -> Parting:  # fmt: skip
     """Continue a text with a model whose weights are spread over the ranks.
 
     The text goes to standard output as it is written, everything else to standard error. SIGTERM and SIGUSR1 end the run after the

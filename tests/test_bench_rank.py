@@ -15,8 +15,8 @@ from bench.ticks import part_of, parts_of, phase_of, read_ticks, shown_parts
 from click.testing import CliRunner
 from halo_mpi.model.records import VOCABULARY_BLOCK
 from halo_mpi.model.tokenizer import Tokenizer, TokenizerFiles
-from tests.test_bench import run_of
 from tests.mpi import ROOT
+from tests.test_bench import run_of
 
 pytestmark = pytest.mark.timeout(60)
 SYSTEM = "AVX2 = 1"

@@ -2,8 +2,8 @@
 
 The marks are files in HALO_MPI_LAB_DIR. From rank 0: `progress`, with the lines measuring, generation-begin, token N, phase NAME
 and generation-end; from every rank: rank-R.pid. From the lab: pace-R.json; `set` and `go`, once losses are as they should be, for which
-the program waits after the first two; `calm`, once they are off, for which it waits after generation-end. A program that is started again writes all its
-marks again, and may have fewer ranks.
+the program waits after the first two; `calm`, once they are off, for which it waits after generation-end. A program that is started
+again writes all its marks again, and may have fewer ranks.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines measuring, generation-begin, phase
 NAME, token N and generation-end; from every rank `rank-R.pid`. From the lab: `set`, `go` and `calm`, for which rank 0 waits after the
-first, the second and the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which may change at any
-time. Without a lab nothing happens.
+first, the second and the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which
+may change at any time. Without a lab nothing happens.
 """
 
 import json

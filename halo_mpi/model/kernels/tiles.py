@@ -11,6 +11,7 @@ Several matrices below each other are one with more row tiles; side by side, one
 a multiple of 16, or columns of 32, is filled up with zeros.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,24 +86,24 @@ class Tiles:
     def put_stored(self, data: np.ndarray, rows: int, columns: int, down: slice, across: slice, above: int = 0) -> None:
         """Copy a matrix of so many rows and columns as it is stored (uint8), from row tile `above` on, to some row and column tiles.
 
-        The same as `put` from `stored_tiles` with half of its Python: whoever reads at every token keeps the computing thread from
+        The same as `put` from `stored_tiles` with half of its calls: whoever reads at every token keeps the computing thread from
         Python's lock meanwhile."""
-        stored, start = (tiles_down(rows), tiles_across(columns)), 0
-        for plane, (size, kind, width) in zip((self.codes, self.scale, self.minimum), PLANES[self.dtype]):
-            end, target = start + stored[0] * stored[1] * size, plane[down, across]
-            source = data[start:end].view(kind).reshape(*stored, width)
-            target[...] = source[above : above + target.shape[0], : target.shape[1]]
-            start = end
+        for plane, stored in zip((self.codes, self.scale, self.minimum), _stored_planes(data, rows, columns, self.dtype)):
+            target = plane[down, across]
+            target[...] = stored[above : above + target.shape[0], : target.shape[1]]
 
 
 def stored_tiles(data: np.ndarray, rows: int, columns: int, dtype: str) -> Tiles:
     """An int4 or int8 matrix as a view of its bytes in a record (uint8)."""
-    down, across, start, planes = tiles_down(rows), tiles_across(columns), 0, []
+    return Tiles(*_stored_planes(data, rows, columns, dtype), *([None] if dtype == "int8" else []))
+
+
+def _stored_planes(data: np.ndarray, rows: int, columns: int, dtype: str) -> Iterator[np.ndarray]:
+    down, across, start = tiles_down(rows), tiles_across(columns), 0
     for size, kind, width in PLANES[dtype]:
         end = start + down * across * size
-        planes.append(data[start:end].view(kind).reshape(down, across, width))
+        yield data[start:end].view(kind).reshape(down, across, width)
         start = end
-    return Tiles(*planes, *([None] if dtype == "int8" else []))
 
 
 def aligned_bytes(size: int) -> np.ndarray:
