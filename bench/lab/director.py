@@ -137,7 +137,8 @@ class Director:
         fresh = path.with_suffix(".new")
         spoil = {"spoil": True} if host in self.spoiled else {}
         pace = {"pace_ms": values.pace_ms, "row_share": values.row_share, "slowdown": values.slowdown}
-        fresh.write_text(json.dumps(pace | spoil))
+        disk = {"read_mbps": values.read_mbps} if values.read_mbps else {}
+        fresh.write_text(json.dumps(pace | disk | spoil))
         fresh.replace(path)
 
 

@@ -54,7 +54,7 @@ class Burst:
 @dataclass(frozen=True)
 class Host:
     """A host's link and its speed. `pace_ms`: the least time of a sync per unit share over one token; `row_share`: so much of it more
-    for every further one in a request (the engine's int4 kernels: 0.08); `slowdown`: its speed, 1 is full."""
+    for every further one in a request (the engine's int4 kernels: 0.08); `slowdown`: its speed, 1 is full; `read_mbps`: MB/s that its disk gives at most."""
 
     loss: float = 0.0
     rate_mbit: float | None = None
@@ -64,6 +64,7 @@ class Host:
     pace_ms: float = 0.0
     row_share: float = 0.0
     slowdown: float = 1.0
+    read_mbps: float | None = None
 
     def __post_init__(self):
         check(0 <= self.loss < 1, "loss", "at least 0 and below 1")
@@ -73,6 +74,7 @@ class Host:
         check(self.pace_ms >= 0, "pace_ms", "0 or more")
         check(self.row_share >= 0, "row_share", "0 or more")
         check(0 < self.slowdown <= 1, "slowdown", "a speed above 0 and at most 1")
+        check(self.read_mbps is None or self.read_mbps > 0, "read_mbps", "above 0")
         check(not (self.loss and self.burst), "loss", "absent where [burst] is given: they exclude each other")
 
     @property

@@ -2,8 +2,8 @@
 
 Both happen through files in one folder that all ranks see. From rank 0: `progress`, with the lines measuring, generation-begin, phase
 NAME, token N and generation-end; from every rank `rank-R.pid`. From the lab: `set`, `go` and `calm`, for which rank 0 waits after the
-first, the second and the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r and "spoil": true, which
-may change at any time. Without a lab nothing happens.
+first, the second and the last mark, and `pace-R.json`, {"pace_ms": x, "slowdown": f} and maybe "row_share": r, "read_mbps": m and
+"spoil": true, which may change at any time. Without a lab nothing happens.
 """
 
 import json
@@ -69,6 +69,12 @@ class Marks:
         wanted_s = max(computed_s, least_s) / pace["slowdown"]
         if wanted_s > computed_s:
             time.sleep(wanted_s - computed_s)
+
+    def pace_reading(self, begin: float, size: int) -> None:
+        """Sleep until `size` bytes, whose reading began at `begin` (perf_counter), have taken as long as from the disk that the lab plays."""
+        pace = self.current_pace()
+        if pace and pace.get("read_mbps"):
+            time.sleep(max(0.0, begin + size / pace["read_mbps"] / 1e6 - time.perf_counter()))
 
     def current_pace(self) -> dict | None:
         """The pace that the lab sets for this rank, None without a lab."""

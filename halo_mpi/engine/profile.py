@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from halo_mpi.engine.agreement import together
+from halo_mpi.engine.link_trial import LinkTrial
 from halo_mpi.engine.marks import Marks
 from halo_mpi.model.kernels.kernel import Kernel, Share
 from halo_mpi.model.kernels.tiles import aligned_bytes
@@ -17,8 +18,6 @@ from halo_mpi.model.layer_weights import LayerWeights, runs_of
 from halo_mpi.model.records import split_evenly
 from halo_mpi.model.sizes import Shape, Shapes, shape_bytes
 from halo_mpi.schedule.cost import Cluster, Device
-from halo_mpi.schedule.head import MOST_VECTORS
-from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.exchange import broadcast, gather, meet
 from halo_mpi.wire.root_link import RootLink
 from halo_mpi.wire.worker_link import WorkerLink
@@ -29,10 +28,7 @@ SAMPLE_BYTES = 16 * 2**20  # about; a Pi's caches have 2 MiB
 SAMPLE_CONTEXT = 256  # tokens in the KV cache
 LEAST_SLOPE = 0.25  # of a request's time is in proportion to its share, however noisy the machine
 HEAD_TIMES, GROUP_TIMES = 7, 5
-ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
-LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
 SLOW = 1.5  # times the usual computing
-LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
 
 
 def measure_cluster(
@@ -46,15 +42,15 @@ def measure_cluster(
     trials = gather(comm, computing.trial_ms)
     computing.usual_ms = broadcast(comm, np.median(trials, axis=0).tolist() if comm.rank == 0 else None)
     if comm.rank:
-        link.greet(ALONE + TOGETHER + LONG_ALONE + LONG_TOGETHER)
-        link.greet(BUSY, computing.work)
+        link.echo(computing.work)
         return None
     if not link.workers:
         return Cluster([Device(**devices[0])], head_ms=head_ms)
-    links, further_ms, kb_ms = _links(link, kernel.sizes.config.hidden)
-    sync_ms = _busy_ms(link, kernel.sizes.config.hidden, computing, trials, links) - further_ms * (len(links) - 1)
-    found = [Device(**device, **links.get(rank, {})) for rank, device in enumerate(devices)]
-    return Cluster(found, max(0.0, sync_ms), further_ms, head_ms, kb_ms)
+    trial = LinkTrial(link, kernel.sizes.config.hidden)
+    busy_ms = trial.busy_ms(computing.work, [computing.done_ms(own) for own in trials])
+    trial.end()
+    found = [Device(**device, **trial.links.get(rank, {})) for rank, device in enumerate(devices)]
+    return Cluster(found, max(0.0, busy_ms - trial.further_ms * (len(trial.stable) - 1)), trial.further_ms, head_ms, trial.kb_ms)
 
 
 class Computing:
@@ -98,6 +94,10 @@ class Computing:
         else:
             self._once(self._trials[kind], self._calls // 2)
         self._calls += 1
+
+    def done_ms(self, trial_ms: list[float]) -> list[float]:
+        """What `work` takes on a rank with these times, every other time."""
+        return [usual if own > SLOW * usual else own for own, usual in zip(trial_ms, self.usual_ms)]
 
     def _once(self, trial: tuple[Share, Callable[[Share, int], object], float], number: int) -> None:
         share, product, even_shares = trial
@@ -152,52 +152,6 @@ class OneGroup:
             self._marks.pace(begin, self._even_share)
             times.append(time.perf_counter() - begin)
         return float(np.median(times[1:]))
-
-
-def _links(link: RootLink, width: int) -> tuple[dict[int, dict[str, float]], float, float]:
-    """`link_ms`, `late_rate`, `late_ms` and `kb_ms` by worker, and what each further one adds to a sync, and each KB of their answers."""
-    x = np.full((1, width), 0.5, np.float32)
-    alone = {rank: float(np.median([link.echo(x, [rank])[0] for _ in range(ALONE)])) * 1e3 for rank in link.workers}
-    together_ms = np.array([link.echo(x, link.workers) for _ in range(TOGETHER)]) * 1e3  # [rounds, workers]
-    slowest = float(np.median(together_ms.max(1)))
-    further_ms = max(0.0, slowest - max(alone.values())) / max(1, len(alone) - 1)
-    found = {}
-    for (rank, link_ms), times in zip(alone.items(), together_ms.T):
-        usual = float(np.median(times))
-        late = times[times > LATE * usual + LATE_MS]
-        known = len(late) >= LEAST_LATE
-        found[rank] = {
-            "link_ms": link_ms,
-            "late_rate": len(late) / len(times) if known else 0.0,
-            "late_ms": float(late.mean()) - usual if known else 0.0,
-        }
-    kb_ms = _kb_ms(link, x, found, slowest)
-    return found, further_ms, kb_ms
-
-
-def _kb_ms(link: RootLink, x: np.ndarray, found: dict[int, dict[str, float]], together_ms: float) -> float:
-    """What each KB of long answers takes from all workers at once; adds each one's own to `found`. `together_ms`: of short ones."""
-    rows = min(MOST_VECTORS, max(1, LONG_BYTES // (4 * x.size)))
-    kb = 4 * rows * x.size / 1e3
-    for rank, own in found.items():
-        long_ms = float(np.median([link.echo(x, [rank], rows=rows)[0] for _ in range(LONG_ALONE)])) * 1e3
-        own["kb_ms"] = max(0.0, long_ms - own["link_ms"]) / kb
-    long_ms = float(np.median([max(link.echo(x, link.workers, rows=rows)) for _ in range(LONG_TOGETHER)])) * 1e3
-    return max(0.0, long_ms - together_ms) / (kb * len(found))
-
-
-def _busy_ms(link: RootLink, width: int, computing: Computing, trials: list[list[float]], links: dict) -> float:
-    """How much longer syncs take in which all compute than the longest share: who computes hears and answers later."""
-    x = np.full((1, width), 0.5, np.float32)
-    over = []
-    for number in range(BUSY):
-        begin = time.perf_counter()
-        link.echo(x, link.workers, computing.work)
-        usual_ms = computing.usual_ms[number % 2]
-        own_ms = [own[number % 2] if own[number % 2] <= SLOW * usual_ms else usual_ms for own in trials]
-        shares = [ms + (links[rank]["link_ms"] if rank else 0.0) for rank, ms in enumerate(own_ms)]
-        over.append((time.perf_counter() - begin) * 1e3 - max(shares))
-    return float(np.median(over))
 
 
 def _head_ms(kernel: Kernel) -> float:

@@ -70,7 +70,7 @@ class Session:
         sharpen_timers()
         self.run = self._with_roots_options(run)
         self.hosts, self.ranks_on_host, threads = share_cores(comm, self.run.threads)
-        self.store = self.together(lambda: ModelStore(self.run.model))
+        self.store = self.together(lambda: ModelStore(self.run.model, self.marks.pace_reading))
         require_equal(comm, f"model in {self.run.model}", self.store.version, "copy one version of it to all hosts")
         self.config = self.together(lambda: ModelConfig.from_dict(self.store.meta["config"]))
         self.kernel = self.together(

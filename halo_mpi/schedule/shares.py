@@ -5,6 +5,7 @@ decides.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from halo_mpi.errors import MemoryBudgetError
@@ -36,10 +37,17 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
 
     Each kind gets its best crew and counts; if some device's memory does not hold that, nor its disk gives it in time, both kinds are
     tried together, and then single units and devices are moved as long as that helps. The tests compare it with all possible shares of
-    small clusters. At last the workers that are dear to wait for are gathered, if that helps. Raises MemoryBudgetError if it finds none
-    that the devices' memory holds.
+    small clusters. At last the workers that are dear to wait for are gathered, if that helps: where some would read from disk, as if they
+    could not. Raises MemoryBudgetError if it finds none that the devices' memory holds.
     """
-    return _gathered(cluster, work, _best_everywhere(cluster, work))
+    best = _best_everywhere(cluster, work)
+    if not _reads(cluster, work, best):
+        return _gathered(cluster, work, best)
+    try:
+        held = replace(cluster, devices=[replace(device, read_gbps=None) for device in cluster.devices])
+        return min(best, _gathered(held, work, _best_everywhere(held, work)), key=lambda shares: shares.cost.tpot_ms)
+    except MemoryBudgetError:
+        return best
 
 
 def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
@@ -59,8 +67,6 @@ def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
 def _gathered(cluster: Cluster, work: Work, shares: Shares) -> Shares:
     """The same counts, those workers in as few layers as possible for whose links a token waits longest, if that is faster."""
     devices, counts = cluster.devices, [*zip(shares.heads, shares.groups)]
-    if any(reading_of(device, work, rank == 0, *own).read_bytes for rank, (device, own) in enumerate(zip(devices, counts))):
-        return shares
     dear = [rank for rank in range(1, len(devices)) if any(counts[rank])]
     dear.sort(key=lambda rank: -(devices[rank].link_ms + devices[rank].late_rate * devices[rank].late_ms))
     tried = [
@@ -68,6 +74,12 @@ def _gathered(cluster: Cluster, work: Work, shares: Shares) -> Shares:
     ]
     best = min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=shares)
     return best if best.cost.tpot_ms < (1 - GATHERED) * shares.cost.tpot_ms else shares
+
+
+def _reads(cluster: Cluster, work: Work, shares: Shares) -> bool:
+    """Whether somebody reads weights from disk at every token."""
+    each = enumerate(zip(cluster.devices, shares.heads, shares.groups))
+    return any(reading_of(device, work, rank == 0, heads, groups).read_bytes for rank, (device, heads, groups) in each)
 
 
 def _holds(cluster: Cluster, work: Work, shares: Shares) -> bool:

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,14 +95,17 @@ class RecordFile:
 
 
 class ModelStore:
-    """A `.halo` folder as one device sees it: `model.h5`, and those of the model's shards that lie on its disk."""
+    """A `.halo` folder as one device sees it: `model.h5`, and those of the model's shards that lie on its disk.
 
-    def __init__(self, folder: Path):
+    `pace`: called after each record with the time when its reading began (perf_counter) and its size in bytes.
+    """
+
+    def __init__(self, folder: Path, pace: Callable[[float, int], None] = lambda begin, size: None):
         if not folder.is_dir():
             raise InputError(f"the model folder {folder} does not exist; make one with `halo-mpi convert SOURCE {folder}`")
         if not (folder / MODEL_FILE).exists():
             raise InputError(f"{folder} holds no {MODEL_FILE}; is it a folder made by `halo-mpi convert`?")
-        self.folder = folder
+        self.folder, self._pace = folder, pace
         self.model = RecordFile(folder / MODEL_FILE)
         self.meta = self.model.meta
         self.digest = self.model.digest
@@ -128,7 +133,10 @@ class ModelStore:
         """
         for file in (self.model, *self.shards.values()):
             if name in file.tables and entry in file.tables[name].positions:
-                return file.read(name, layer, entry)
+                begin = time.perf_counter()
+                record = file.read(name, layer, entry)
+                self._pace(begin, record.nbytes)
+                return record
         raise InputError(f"no shard in {self.folder} holds {name} {entry}; copy the missing shard-KK.h5 to this host")
 
     @property

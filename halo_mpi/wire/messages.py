@@ -21,7 +21,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 8  # ranks with another number refuse to work together
+PROTOCOL = 9  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BYTES = "bytes"  # of text, one per value
@@ -50,6 +50,14 @@ class Kind(IntEnum):
     FAILURE = 12  # from a worker: what keeps it from doing its part from now on, in words
     HEAD = 13  # logits of a worker's rows of the head
     WIDER = 14  # what follows comes over all lines
+
+
+class Echo(IntEnum):
+    """What a PING wants beside an answer; stands where others have their lag."""
+
+    PLAIN = 0
+    WORK = 1  # computing, before the answer
+    LAST = 2  # nothing: there are no more of them
 
 
 class RangeError(HaloError):

@@ -10,7 +10,7 @@ import numpy as np
 from halo_mpi.wire.deadline import Deadline
 from halo_mpi.wire.exchange import ENDED, SILENT_S, MissingError, Patience
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Kind, ProtocolError, rows_text
+from halo_mpi.wire.messages import BYTES, LONGEST_TOOK, PINGS, TOOK_S, Echo, Kind, ProtocolError, rows_text
 from halo_mpi.wire.peer import Answer, Peer
 from halo_mpi.wire.polling import Waiter
 
@@ -66,16 +66,15 @@ class RootLink:
     def received_bytes(self) -> dict[int, int]:
         return self._mailbox.received_bytes
 
-    def echo(
-        self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None, rows: int = 0
-    ) -> list[float]:
+    def echo(self, x: np.ndarray | None, workers: list[int], work: Callable[[], None] | None = None, rows: int = 0,
+             last: bool = False) -> list[float]:  # fmt: skip
         """Send x, f32 [1, width] or None, to these workers at once, to be sent back; after how many seconds each answer was there.
 
-        `work`: what the root does meanwhile; `rows`: the answer has so many, in f32, instead of x. Raises MissingError if somebody has
-        ended, or is silent for long.
+        `work`: what the root does meanwhile, and the workers something like it before they answer; `rows`: the answer has so many, in f32,
+        instead of x; `last`: there are no more. Raises MissingError if somebody has ended, or is silent for long.
         """
         begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
-        seq = self.ask(Kind.PING, 0, rows, x, workers)
+        seq = self.ask(Kind.PING, 0, rows, x, workers, lag=Echo.LAST if last else Echo.WORK if work else Echo.PLAIN)
         waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
         if work:
             work()

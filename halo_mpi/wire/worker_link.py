@@ -9,7 +9,7 @@ import numpy as np
 from halo_mpi.errors import HaloError
 from halo_mpi.wire.exchange import ALONE_S, ROOT
 from halo_mpi.wire.mailbox import Mailbox
-from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Kind, Message, text_rows
+from halo_mpi.wire.messages import BYTES, PINGS, TOOK_S, Echo, Kind, Message, text_rows
 from halo_mpi.wire.polling import Waiter
 
 UNANSWERED_IN_VECTORS = (Kind.REPLAY, Kind.REFILL, Kind.PROBE)
@@ -46,17 +46,25 @@ class WorkerLink:
         self._stopped, self._pings = False, 0
         self._leave: bool | None = None
         self._heard_at = self._waiter.now()
-        self._before_echo: Callable[[], None] | None = None
+        self._work: Callable[[], None] = lambda: None
+        self._last_ping = False
 
     @property
     def stopped(self) -> bool:
         """The root said stop, and everything before it is done."""
         return self._stopped and not self._queue
 
-    def greet(self, pings: int = PINGS, work: Callable[[], None] | None = None) -> None:
-        """Answer so many pings; those with which the root begins, if nothing else is said. `work`: to be done before each answer."""
-        until, self._before_echo = self._pings + pings, work
+    def greet(self) -> None:
+        """Answer the pings with which the root begins."""
+        until = self._pings + PINGS
         while self._pings < until:
+            self.next()
+            self._waiter.wait()
+
+    def echo(self, work: Callable[[], None]) -> None:
+        """Answer pings until there are no more; `work`: to be done before the answer to some."""
+        self._work, self._last_ping = work, False
+        while not self._last_ping:
             self.next()
             self._waiter.wait()
 
@@ -128,13 +136,14 @@ class WorkerLink:
                 self._leave = bool(header["lag"])
             self._stopped = True
         elif kind == Kind.PING:
-            if self._before_echo:
-                self._before_echo()
+            if header["lag"] == Echo.WORK:
+                self._work()
             if wanted := int(header["position"]):
                 self._mailbox.post([ROOT], Kind.PING, seq, x=np.zeros((wanted, self._mailbox.width), np.float32), wire="f32")
             else:
                 self._mailbox.post([ROOT], Kind.PING, seq, x=message.read() if header["rows"] else None)
             self._pings += 1
+            self._last_ping = header["lag"] == Echo.LAST
         elif kind == Kind.KICK:
             self._mailbox.post([ROOT], Kind.KICK, self._done)
         elif kind != Kind.TRAILER:
