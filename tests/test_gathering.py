@@ -123,3 +123,16 @@ def test_gathered_ranks_compute_the_same_text(deep, tmp_path, ranks):
     alone = report_of(1, "generate", tmp_path, *options)
     shared = report_of(ranks, "generate", tmp_path, *options, "--placement", file)
     assert shared["token_ids"] == alone["token_ids"]
+
+
+def test_gathering_is_tried_where_memory_is_short_and_disks_are_slow():
+    memory = WORK.bytes_of(WORK.heads, WORK.groups) // 4
+    root = replace(GOOD, memory=WORK.root_bytes + memory, link_ms=0.0)
+    fast = [replace(device, memory=memory, read_gbps=10.0) for device in (GOOD, GOOD, BAD, BAD)]
+    slow = [replace(device, read_gbps=0.001) for device in fast]
+    reading, gathering = (
+        best_shares(Cluster([replace(root, read_gbps=workers[0].read_gbps), *workers], sync_ms=0.3, further_ms=0.1), WORK)
+        for workers in (fast, slow)
+    )
+    assert not reading.gathered and gathering.gathered
+    assert gathering.cost.tpot_ms < with_cost(Cluster([root, *slow], 0.3, 0.1), WORK, gathering.heads, gathering.groups).cost.tpot_ms

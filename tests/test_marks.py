@@ -89,3 +89,13 @@ def test_marks_are_written_in_order_and_the_lab_is_waited_for(tmp_path):
 def test_only_the_root_marks(tmp_path):
     Marks(tmp_path, 1).begin()
     assert not (tmp_path / "progress").exists() and (tmp_path / "rank-1.pid").exists()
+
+
+def test_reading_takes_as_long_as_from_the_disk_that_the_lab_plays(tmp_path):
+    begin = time.perf_counter()
+    Marks(tmp_path, 0).pace_reading(begin, 10**9)
+    assert time.perf_counter() - begin < 0.01, "the lab sets no pace for it"
+    set_pace(tmp_path, pace_ms=0, slowdown=1.0, read_mbps=5)
+    marks, begin = Marks(tmp_path, 0), time.perf_counter()
+    marks.pace_reading(begin, 100_000)
+    assert time.perf_counter() - begin == pytest.approx(0.02, abs=0.006)
