@@ -129,7 +129,7 @@ def test_gathering_is_tried_where_memory_is_short_and_disks_are_slow():
     memory = WORK.bytes_of(WORK.heads, WORK.groups) // 4
     root = replace(GOOD, memory=WORK.root_bytes + memory, link_ms=0.0)
     fast = [replace(device, memory=memory, read_gbps=10.0) for device in (GOOD, GOOD, BAD, BAD)]
-    slow = [replace(device, read_gbps=0.001) for device in fast]
+    slow = [replace(device, read_gbps=0.05) for device in fast]  # with which the best shares of all layers alike still read
     reading, gathering = (
         best_shares(Cluster([replace(root, read_gbps=workers[0].read_gbps), *workers], sync_ms=0.3, further_ms=0.1), WORK)
         for workers in (fast, slow)

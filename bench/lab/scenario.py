@@ -54,7 +54,8 @@ class Burst:
 @dataclass(frozen=True)
 class Host:
     """A host's link and its speed. `pace_ms`: the least time of a sync per unit share over one token; `row_share`: so much of it more
-    for every further one in a request (the engine's int4 kernels: 0.08); `slowdown`: its speed, 1 is full; `read_mbps`: MB/s that its disk gives at most."""
+    for every further one in a request (the engine's int4 kernels: 0.08); `slowdown`: its speed, 1 is full; `read_mbps`: MB/s that
+    its disk gives at most."""
 
     loss: float = 0.0
     rate_mbit: float | None = None

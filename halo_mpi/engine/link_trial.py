@@ -13,11 +13,10 @@ import numpy as np
 from halo_mpi.schedule.advice import LATE_RATE
 from halo_mpi.schedule.head import MOST_VECTORS
 from halo_mpi.schedule.telemetry import LATE, LATE_MS
-from halo_mpi.wire.exchange import ENDED, SILENT_S, MissingError, Patience
-from halo_mpi.wire.messages import Echo, Kind
-from halo_mpi.wire.root_link import ECHO_PATIENCE_S, RootLink
+from halo_mpi.wire.root_link import RootLink
 
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
+LEAST_BUSY = 3  # of the last, however long they take
 ALONE_S, TOGETHER_S, LONG_S, BUSY_S = 0.1, 0.6, 0.2, 0.5  # no more are begun after so long: of one worker, of all of them
 LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
@@ -34,7 +33,7 @@ class LinkTrial:
 
     def __init__(self, link: RootLink, width: int):
         self._link, self._x = link, np.full((1, width), 0.5, np.float32)
-        self._open: dict[int, int] = {}  # what a worker has not answered yet
+        self._open: dict[int, tuple[int, float]] = {}  # what is awaited of workers that have not answered yet
         self._times_ms: dict[int, list[float]] = {rank: [] for rank in link.workers}
         alone = self._alone()
         rounds = self._together(alone)
@@ -52,7 +51,7 @@ class LinkTrial:
         `shares_ms`: of each rank, what its computing takes every other time.
         """
         over, until = [], self._link.waiter.now() + BUSY_S
-        while len(over) < BUSY and (len(over) < LEAST_LATE or self._link.waiter.now() < until):
+        while len(over) < BUSY and (len(over) < LEAST_BUSY or self._link.waiter.now() < until):
             begin, number = self._link.waiter.now(), len(over) % 2
             self._link.echo(self._x, self.stable, work)
             shares = [shares_ms[rank][number] + self.links[rank]["link_ms"] for rank in self.stable]
@@ -84,25 +83,13 @@ class LinkTrial:
 
     def _round(self, workers: list[int], patience_ms: float) -> dict[int, float]:
         """Ask those that have answered everything; ms of those that answer in time. Whatever comes is noted."""
-        link, begin = self._link, self._link.waiter.now()
-        asked, came = [rank for rank in workers if rank not in self._open], {}
+        asked = [rank for rank in workers if rank not in self._open]
         if asked:
-            self._open |= dict.fromkeys(asked, link.ask(Kind.PING, 0, 0, self._x, asked))
-        silence = Patience(SILENT_S, link.waiter)
-        while self._open and (link.waiter.now() - begin) * 1e3 < patience_ms and len(came) < max(1, len(asked)):
-            for answer in link.poll():
-                if self._open.get(answer.rank) == answer.seq:
-                    del self._open[answer.rank]
-                    self._times_ms[answer.rank].append(answer.latency_s * 1e3)
-                    if answer.rank in asked:
-                        came[answer.rank] = answer.latency_s * 1e3
-            if link.waiter.now() - begin > ECHO_PATIENCE_S:
-                for rank in self._open:
-                    link.kick(rank)
-            if ended := self._open.keys() & link.ended:
-                raise MissingError(ended, ENDED)
-            silence.wait(self._open)
-        return came
+            self._open |= self._link.ask_echo(self._x, asked)
+        came = self._link.hear_echoes(self._open, asked or list(self._open), patience_ms / 1e3)
+        for rank, seconds in came.items():
+            self._times_ms[rank].append(seconds * 1e3)
+        return {rank: came[rank] * 1e3 for rank in asked if rank in came}
 
     def _judged(self, alone_ms: list[float], together_ms: list[float]) -> dict[str, float | None]:
         """Fields of a Device: what the link takes while nothing is lost, how often answers were late, and by how much."""

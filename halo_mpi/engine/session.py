@@ -228,10 +228,9 @@ class Session:
 
     def _replacer(self, basis: Basis, disks: Disks) -> Replacer:
         root, advice = self.root, basis.advice
-        first = replace(basis.cluster, devices=[replace(device, read_gbps=None) for device in basis.cluster.devices])
         calibration = self.store.meta.get("calibration")
-        return Replacer(self.kernel.sizes, first, basis.work, advice.unstable, disks, calibration, root.mover, root.crew, self.link,
-                        self.event, self.marks.phase)  # fmt: skip
+        return Replacer(self.kernel.sizes, basis.cluster.without_disks(), basis.work, advice.unstable, disks, calibration, root.mover,
+                        root.crew, self.link, self.event, self.marks.phase)  # fmt: skip
 
     @property
     def uses_calibration(self) -> bool:

@@ -6,7 +6,7 @@ share = link (workers only) + the longer of: fixed + part of the layer x what al
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Cluster:
     further_ms: float = 0.0  # what each worker beyond the first adds to a sync
     head_ms: float = 0.0  # of the vocabulary, once per token, if the root does it alone
     kb_ms: float | None = None  # of each KB of long answers that come to the root at once; None: not known
+
+    def without_disks(self) -> "Cluster":
+        """The same devices, whose memory must hold their shares."""
+        return replace(self, devices=[replace(device, read_gbps=None) for device in self.devices])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ decides.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 from halo_mpi.errors import MemoryBudgetError
@@ -14,7 +13,7 @@ from halo_mpi.schedule.candidates import Counts, Shares, fits, on_disk, with_cos
 from halo_mpi.schedule.cost import KINDS, Cluster, share_ms, token_cost
 from halo_mpi.schedule.crews import best_alone, dealt_out
 from halo_mpi.schedule.memory import mebibytes
-from halo_mpi.schedule.reading import reading_of, room
+from halo_mpi.schedule.reading import reading_of, reads, room
 from halo_mpi.schedule.search import best_in_memory
 from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
@@ -41,10 +40,10 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
     could not. Raises MemoryBudgetError if it finds none that the devices' memory holds.
     """
     best = _best_everywhere(cluster, work)
-    if not _reads(cluster, work, best):
+    if not reads(cluster, work, best.heads, best.groups):
         return _gathered(cluster, work, best)
     try:
-        held = replace(cluster, devices=[replace(device, read_gbps=None) for device in cluster.devices])
+        held = cluster.without_disks()
         return min(best, _gathered(held, work, _best_everywhere(held, work)), key=lambda shares: shares.cost.tpot_ms)
     except MemoryBudgetError:
         return best
@@ -74,12 +73,6 @@ def _gathered(cluster: Cluster, work: Work, shares: Shares) -> Shares:
     ]
     best = min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=shares)
     return best if best.cost.tpot_ms < (1 - GATHERED) * shares.cost.tpot_ms else shares
-
-
-def _reads(cluster: Cluster, work: Work, shares: Shares) -> bool:
-    """Whether somebody reads weights from disk at every token."""
-    each = enumerate(zip(cluster.devices, shares.heads, shares.groups))
-    return any(reading_of(device, work, rank == 0, heads, groups).read_bytes for rank, (device, heads, groups) in each)
 
 
 def _holds(cluster: Cluster, work: Work, shares: Shares) -> bool:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -73,24 +73,40 @@ class RootLink:
         `work`: what the root does meanwhile, and the workers something like it before they answer; `rows`: the answer has so many, in f32,
         instead of x; `last`: there are no more. Raises MissingError if somebody has ended, or is silent for long.
         """
-        begin, came = self.waiter.now(), dict.fromkeys(workers, 0.0)
-        seq = self.ask(Kind.PING, 0, rows, x, workers, lag=Echo.LAST if last else Echo.WORK if work else Echo.PLAIN)
-        waited_for, patience = set(workers), Patience(SILENT_S, self.waiter)
+        awaited = self.ask_echo(x, workers, lag=Echo.LAST if last else Echo.WORK if work else Echo.PLAIN, rows=rows)
         if work:
             work()
-        while waited_for:
+        came = self.hear_echoes(awaited, workers)
+        return [came[rank] for rank in workers]
+
+    def ask_echo(self, x: np.ndarray | None, workers: list[int], lag: Echo = Echo.PLAIN, rows: int = 0) -> dict[int, tuple[int, float]]:
+        """Begin to send what is to be sent back; by worker, which answer is awaited, and since when."""
+        begin = self.waiter.now()
+        seq = self.ask(Kind.PING, 0, rows, x, workers, lag=lag)
+        return dict.fromkeys(workers, (seq, begin))
+
+    def hear_echoes(
+        self, awaited: dict[int, tuple[int, float]], workers: Iterable[int], within_s: float = math.inf
+    ) -> dict[int, float]:
+        """Wait for what these workers are to send back, but not longer than `within_s`: after how many seconds each answer was there.
+
+        All that comes is told, others' too, and taken out of `awaited`. Raises MissingError if somebody has ended, or is silent for long.
+        """
+        begin, came, patience = self.waiter.now(), {}, Patience(SILENT_S, self.waiter)
+        while awaited.keys() & workers and self.waiter.now() - begin < within_s:
             for answer in self.poll():
+                seq, asked_at = awaited.get(answer.rank, (None, 0.0))
                 if answer.seq == seq:
-                    came[answer.rank] = self.waiter.now() - begin
-                    waited_for.discard(answer.rank)
+                    came[answer.rank] = self.waiter.now() - asked_at
+                    del awaited[answer.rank]
             if self.waiter.now() - begin > ECHO_PATIENCE_S:
-                for rank in waited_for:
+                for rank in awaited:
                     self.kick(rank)
-            if ended := waited_for & self.ended:
+            if ended := awaited.keys() & self.ended:
                 raise MissingError(ended, ENDED)
-            if waited_for:
-                patience.wait(waited_for)
-        return list(came.values())
+            if missing := awaited.keys() & workers:
+                patience.wait(missing)
+        return came
 
     def ask(self, kind: Kind, layer: int, position: int, x: np.ndarray | None, workers: list[int], epoch: int = 0,
             lag: int = 0, plan: int = 0, wire: str | None = None) -> int:  # fmt: skip
