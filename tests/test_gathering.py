@@ -125,14 +125,21 @@ def test_gathered_ranks_compute_the_same_text(deep, tmp_path, ranks):
     assert shared["token_ids"] == alone["token_ids"]
 
 
-def test_gathering_is_tried_where_memory_is_short_and_disks_are_slow():
+def with_slow_disks(read_gbps: float) -> Cluster:
+    """Five devices of which two have bad links, each with memory for a quarter of the work."""
     memory = WORK.bytes_of(WORK.heads, WORK.groups) // 4
-    root = replace(GOOD, memory=WORK.root_bytes + memory, link_ms=0.0)
-    fast = [replace(device, memory=memory, read_gbps=10.0) for device in (GOOD, GOOD, BAD, BAD)]
-    slow = [replace(device, read_gbps=0.05) for device in fast]  # with which the best shares of all layers alike still read
-    reading, gathering = (
-        best_shares(Cluster([replace(root, read_gbps=workers[0].read_gbps), *workers], sync_ms=0.3, further_ms=0.1), WORK)
-        for workers in (fast, slow)
-    )
+    workers = [replace(device, memory=memory, read_gbps=read_gbps) for device in (GOOD, GOOD, BAD, BAD)]
+    root = replace(GOOD, memory=WORK.root_bytes + memory, read_gbps=read_gbps, link_ms=0.0)
+    return Cluster([root, *workers], sync_ms=0.3, further_ms=0.1)
+
+
+def test_gathering_is_tried_where_memory_is_short_and_disks_are_slow():
+    reading, gathering = (best_shares(with_slow_disks(read_gbps), WORK) for read_gbps in (10.0, 0.05))
     assert not reading.gathered and gathering.gathered
-    assert gathering.cost.tpot_ms < with_cost(Cluster([root, *slow], 0.3, 0.1), WORK, gathering.heads, gathering.groups).cost.tpot_ms
+    assert gathering.cost.tpot_ms < with_cost(with_slow_disks(0.05), WORK, gathering.heads, gathering.groups).cost.tpot_ms
+
+
+def test_gathered_shares_are_looked_for_and_not_only_made_of_the_best_in_all_layers():
+    best = best_shares(with_slow_disks(0.02), WORK)  # in all layers alike the best counts have heads on a bad device, too
+    assert best.gathered == (3, 4) and best.heads[3:] == (0, 0)
+    assert best == best_shares(with_slow_disks(0.05), WORK), "where nobody reads, it does not matter how fast disks are"

@@ -4,13 +4,15 @@ Shares are counts, the same in every layer, or on average if some ranks are gath
 decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.records import split_evenly
 from halo_mpi.schedule.candidates import Counts, Shares, fits, on_disk, with_cost
-from halo_mpi.schedule.cost import KINDS, Cluster, share_ms, token_cost
+from halo_mpi.schedule.cost import KINDS, Cluster, Device, share_ms, token_cost
 from halo_mpi.schedule.crews import best_alone, dealt_out
 from halo_mpi.schedule.memory import mebibytes
 from halo_mpi.schedule.reading import reading_of, reads, room
@@ -19,7 +21,9 @@ from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
 
 NEIGHBOURS = 16  # devices that are tried in a move
-GATHERED = 0.05  # of a token's time that gathering must save
+GATHERED = 0.05  # of a token's time that gathering must save where nobody reads from disk
+STANDS_OUT = 2.0  # times as long a wait for a link as for the next best
+MOST_SETS = 2  # of links that stand out that are tried
 
 
 def usual_shares(cluster: Cluster, work: Work) -> dict[str, Shares]:
@@ -36,17 +40,44 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
 
     Each kind gets its best crew and counts; if some device's memory does not hold that, nor its disk gives it in time, both kinds are
     tried together, and then single units and devices are moved as long as that helps. The tests compare it with all possible shares of
-    small clusters. At last the workers that are dear to wait for are gathered, if that helps: where some would read from disk, as if they
-    could not. Raises MemoryBudgetError if it finds none that the devices' memory holds.
+    small clusters. At last the workers that are dear to wait for are gathered, if that helps, and nobody must read from disk then: with
+    these counts, and with those that would be best if they were as cheap to wait for as gathered ones about are. Raises
+    MemoryBudgetError if it finds none that the devices' memory holds.
     """
     best = _best_everywhere(cluster, work)
-    if not reads(cluster, work, best.heads, best.groups):
-        return _gathered(cluster, work, best)
-    try:
-        held = cluster.without_disks()
-        return min(best, _gathered(held, work, _best_everywhere(held, work)), key=lambda shares: shares.cost.tpot_ms)
-    except MemoryBudgetError:
-        return best
+    reading, held = reads(cluster, work, best.heads, best.groups), cluster.without_disks()
+    starts = [] if reading else [best]
+    for other in [*([held] if reading else []), *_as_if_gathered(held)]:
+        with suppress(MemoryBudgetError):
+            starts.append(_best_everywhere(other, work))
+    tried = [_gathered(held, work, start.heads, start.groups) for start in starts]
+    gathered = min(filter(None, tried), key=lambda shares: shares.cost.tpot_ms, default=best)
+    return gathered if gathered.cost.tpot_ms < (1 if reading else 1 - GATHERED) * best.cost.tpot_ms else best
+
+
+def _as_if_gathered(cluster: Cluster) -> list[Cluster]:
+    """The cluster with the worst links so much better as each of them is in fewer syncs, for each number of links that stand out."""
+    devices, dear = cluster.devices, _dear(cluster)
+    outstanding = [
+        number for number in range(1, len(dear)) if _waited_ms(devices[dear[number - 1]]) > STANDS_OUT * _waited_ms(devices[dear[number]])
+    ]
+
+    def seldom(device: Device) -> Device:
+        return replace(device, link_ms=device.link_ms / len(devices), late_rate=device.late_rate / len(devices))
+
+    return [
+        replace(cluster, devices=[seldom(device) if rank in dear[:number] else device for rank, device in enumerate(devices)])
+        for number in outstanding[:MOST_SETS]
+    ]
+
+
+def _dear(cluster: Cluster) -> list[int]:
+    """The workers, those first for whose links a token waits longest."""
+    return sorted(range(1, len(cluster.devices)), key=lambda rank: -_waited_ms(cluster.devices[rank]))
+
+
+def _waited_ms(device: Device) -> float:
+    return device.link_ms + device.late_rate * device.late_ms
 
 
 def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
@@ -63,16 +94,11 @@ def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
     return _improved(cluster, work, best)
 
 
-def _gathered(cluster: Cluster, work: Work, shares: Shares) -> Shares:
-    """The same counts, those workers in as few layers as possible for whose links a token waits longest, if that is faster."""
-    devices, counts = cluster.devices, [*zip(shares.heads, shares.groups)]
-    dear = [rank for rank in range(1, len(devices)) if any(counts[rank])]
-    dear.sort(key=lambda rank: -(devices[rank].link_ms + devices[rank].late_rate * devices[rank].late_ms))
-    tried = [
-        with_cost(cluster, work, shares.heads, shares.groups, sorted(dear[: number + 1])) for number in range(len(dear[:NEIGHBOURS]))
-    ]
-    best = min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=shares)
-    return best if best.cost.tpot_ms < (1 - GATHERED) * shares.cost.tpot_ms else shares
+def _gathered(cluster: Cluster, work: Work, heads: Sequence[int], groups: Sequence[int]) -> Shares | None:
+    """These counts, some workers that are dear to wait for in as few layers as possible; None if memory does not hold that."""
+    dear = [rank for rank in _dear(cluster) if heads[rank] or groups[rank]][:NEIGHBOURS]
+    tried = [with_cost(cluster, work, heads, groups, sorted(dear[: number + 1])) for number in range(len(dear))]
+    return min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=None)
 
 
 def _holds(cluster: Cluster, work: Work, shares: Shares) -> bool:
