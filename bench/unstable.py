@@ -119,22 +119,23 @@ def table(content: dict) -> Table:
 @click.option("--memory", help="Of each device, as of generate, where placement is auto: so little that the bad ones are needed.")
 @click.option("--read-mbps", type=click.FloatRange(0, min_open=True), help="MB/s that each device's disk gives at most, as from a folder "
               "on the network.")  # fmt: skip
+@click.option("--sync", "syncs", type=Names(("strict", "relaxed")), default="strict,relaxed", show_default=True, help="Over the bad links.")
 @click.option("--repeats", type=click.IntRange(1), default=1, show_default=True, help="Rounds, each of all ways.")
 @click.option("--tokens", type=click.IntRange(2), default=300, show_default=True, help="Tokens of text in a run.")
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Tokens per window.")
 @shared_options("pace", "minutes", "seed", "json", minutes=40)
-def main(model, scene, ways, memory, read_mbps, repeats, tokens, context, pace_ms, minutes, seed, out) -> int:
+def main(model, scene, ways, memory, read_mbps, syncs, repeats, tokens, context, pace_ms, minutes, seed, out) -> int:
     require_lab()
     config = config_of(model)
     context = min(context, config.context)
     scenario = scenario_of(scene, pace_ms) | ({"read_mbps": read_mbps} if read_mbps else {})
     results = Results("unstable", out, seed, model=config.name, scene=scene, tokens=tokens, context=context, memory=memory,
-                      read_mbps=read_mbps, pace_ms=pace_ms)  # fmt: skip
+                      read_mbps=read_mbps, syncs=syncs, pace_ms=pace_ms)  # fmt: skip
     relaxed = dict(zip(("deadline", "max_lag", "quality"), RELAXED))
     groups = [[{"way": "reference"}]]
     for repeat in range(repeats):
         groups.append([{"way": way, "clean": True, "repeat": repeat} for way in ways[:1]])
-        groups += [[{"way": way, "repeat": repeat}, {"way": way, **relaxed, "repeat": repeat}] for way in ways]
+        groups += [[{"way": way, **(relaxed if sync == "relaxed" else {}), "repeat": repeat} for sync in syncs] for way in ways]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
         text, tiers = Path(name) / "text", tiers_of(scene)
         text.write_text(language_reference())
