@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from halo_mpi.wire import lateness, mailbox
+from halo_mpi.wire import lateness, mailbox, receiving
 from halo_mpi.wire.messages import HEADER, Kind, Message
 
 pytestmark = pytest.mark.timeout(30)
@@ -52,8 +52,12 @@ class Ended(Exception):
     """Stands in for MPI's exception."""
 
 
+calls = []  # of some_done: how many requests each
+
+
 def some_done(requests, statuses):
     """As ULFM does it: of all that are complete, failed ones included, the statuses; where some failed, not which they are."""
+    calls.append(len(requests))
     live = [request for request in requests if request]
     failed = [request for request in live if request.peer in request.line.ended]
     for request in [each for each in live if each.done or each in failed]:
@@ -68,12 +72,12 @@ def some_done(requests, statuses):
 
 @pytest.fixture
 def lines(monkeypatch) -> list[Line]:
-    startall = SimpleNamespace(Startall=lambda requests: [request.Start() for request in requests])
     fake = SimpleNamespace(
-        Request=SimpleNamespace(Testsome=some_done, Testall=lambda requests: False), Prequest=startall, BYTE=None,
-        Exception=Ended, REQUEST_NULL=None,
+        Request=SimpleNamespace(Testsome=some_done, Testall=lambda requests: False), BYTE=None, Exception=Ended,
+        REQUEST_NULL=None,
     )  # fmt: skip
     monkeypatch.setattr(mailbox, "MPI", fake)
+    monkeypatch.setattr(receiving, "MPI", fake)
     return [Line() for _ in range(4)]
 
 
@@ -105,6 +109,16 @@ def test_a_peer_that_has_ended_is_told_and_what_others_sent_meanwhile_is_not_los
     assert received(box) == [0] and box.ended == {2}
     lines[0].arrive(1, Kind.FFN, 1, receive=next(i for i, each in enumerate(lines[0].started) if each.peer == 1))
     assert received(box) == [1], "as if the other had never been"
+
+
+def test_however_many_lines_there_are_mpi_is_asked_once_what_has_come(lines, sent):
+    """What that costs is the pass over all connections, not the requests."""
+    box = mailbox.Mailbox(lines[0], [1, 2], 4, 8, "f32", copies=lines[1:])
+    for receives in (4 * mailbox.DEPTH, 6 * mailbox.DEPTH):
+        calls.clear()
+        for line in lines[:2]:
+            line.arrive(0, Kind.WIDER, 0)
+        assert received(box) == [] and calls == [receives], "lines opened on the way are seen to the next time"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -19,12 +19,12 @@ from mpi4py import MPI
 
 from halo_mpi.wire.lateness import Lateness
 from halo_mpi.wire.messages import TAG, Kind, Message
+from halo_mpi.wire.receiving import PROCESS_ENDED, Lane, Receiver, is_over
 
 DEPTH = 8  # receives per peer: an answer, its trailer, and the answers to a few kicks
 SIZES = (0, 1, 8)  # rows of the buffers for messages, besides the largest
 MOST_COPIED_VALUES = 8192  # a decode message; 32 KiB in f32, below the 64 KiB from which MPI would ask the receiver first
 TESTED = 4  # sends that are tested before a new one
-PROCESS_ENDED = getattr(MPI, "ERR_PROC_FAILED", None)  # MPI 5; before, a process that ends takes all with it
 LAST_S = 1.0  # so long the last messages may take to leave
 
 
@@ -43,8 +43,9 @@ class Mailbox:
         first = [comm, *copies[:1]]
         self._lines, self._more = dict.fromkeys(peers, first), copies[1:]
         self._copied_rows = 1 if width <= MOST_COPIED_VALUES else 0
-        self._rings = [ReceiveRing(line, peers, DEPTH, largest, width) for line, largest in zip(first, (rows, self._copied_rows))]
-        self._rings_of = {peer: list(self._rings) for peer in peers}
+        self._receiver = Receiver(peers)
+        open_lane, sizes = self._receiver.open, (rows, self._copied_rows)
+        self._lanes = {peer: [open_lane(line, peer, DEPTH, size, width) for line, size in zip(first, sizes)] for peer in peers}
         self._lateness = {peer: Lateness() for peer in peers}
         self._pools = [SendPool(size, width) for size in (*(size for size in SIZES if size < rows), rows)]
         self._handed_out = dict.fromkeys(peers, 0)  # messages
@@ -63,7 +64,7 @@ class Mailbox:
 
     @property
     def received_bytes(self) -> dict[int, int]:
-        return {peer: sum(ring.received_bytes[peer] for ring in self._rings_of[peer]) for peer in self._peers}
+        return self._receiver.received_bytes
 
     def post(self, peers: list[int], kind: Kind, seq: int, layer: int = 0, position: int = 0, x: np.ndarray | None = None,
              epoch: int = 0, lag: int = 0, plan: int = 0, wire: str | None = None) -> None:  # fmt: skip
@@ -90,30 +91,29 @@ class Mailbox:
 
         A message is valid until the iterator goes on.
         """
-        for ring in self._rings:
-            self.ended |= ring.test()
+        self.ended |= self._receiver.test()
         for peer in self._peers:
-            while peer not in self.ended and (ring := self._ring_of_next(peer)):
+            while peer not in self.ended and (lane := self._lane_of_next(peer)):
                 self._handed_out[peer] += 1
-                message = ring.first(peer)
+                message = lane.first()
                 if message.header["kind"] == Kind.WIDER:
                     self._receive_more(peer)
                     self.widen(peer)
                 else:
                     yield peer, message
-                ring.take(peer)
+                self._receiver.take(lane)
             if self._lateness[peer].is_much:
                 self.widen(peer)
 
-    def _ring_of_next(self, peer: int) -> "ReceiveRing | None":
+    def _lane_of_next(self, peer: int) -> Lane | None:
         """Where the peer's next message has come; copies of what was handed out before are taken out on the way."""
         handed_out, found, late = self._handed_out[peer], None, False
-        for ring in self._rings_of[peer]:
-            while (message := ring.first(peer)) and ring.taken[peer] < handed_out:
-                ring.take(peer)
-            late = late or ring.taken[peer] < handed_out
+        for lane in self._lanes[peer]:
+            while (message := lane.first()) and lane.taken < handed_out:
+                self._receiver.take(lane)
+            late = late or lane.taken < handed_out
             if not found and message and message.header["kind"] != Kind.ELSEWHERE:
-                found = ring
+                found = lane
         if found:
             self._lateness[peer].observe(late)
         return found
@@ -127,110 +127,14 @@ class Mailbox:
     def _receive_more(self, peer: int) -> None:
         """What the peer sends from now on comes over all lines."""
         for line in self._more:
-            try:
-                ring = ReceiveRing(line, [peer], DEPTH, self._copied_rows, self.width)
-            except MPI.Exception as error:
-                if error.Get_error_class() != PROCESS_ENDED:
-                    raise
-                self.ended.add(peer)
-                return
-            ring.taken[peer] = self._handed_out[peer]
-            self._rings.append(ring)
-            self._rings_of[peer].append(ring)
+            self._lanes[peer].append(self._receiver.open(line, peer, DEPTH, self._copied_rows, self.width, self._handed_out[peer]))
 
     def close(self) -> None:
         """Wait until everything is sent, but not for ever, and let go of MPI's requests."""
         until = time.perf_counter() + LAST_S
         for pool in self._pools:
             pool.close(until)
-        for ring in self._rings:
-            ring.close()
-
-
-class ReceiveRing:
-    """`depth` persistent receives from each of `peers` (ranks are always named, never MPI.ANY_SOURCE).
-
-    A peer's messages match its receives in the order in which these were started, but may complete in another: a large one is
-    fetched by rendezvous (65536 bytes and more, over Open MPI's TCP), and a small one behind it comes first. So a message is handed
-    out only when all before it have been.
-    """
-
-    def __init__(self, comm: MPI.Comm, peers: list[int], depth: int, rows: int, width: int):
-        self._slots = [(peer, Message(rows, width)) for peer in peers for _ in range(depth)]
-        self._requests = [comm.Recv_init([message.buffer, MPI.BYTE], peer, TAG) for peer, message in self._slots]
-        self._lines: dict[int, deque[int]] = {peer: deque() for peer in peers}  # slots in the order of their receives
-        for index, (peer, _) in enumerate(self._slots):
-            self._lines[peer].append(index)
-        self._complete: set[int] = set()
-        self._ended: set[int] = set()  # peers, not told yet
-        self.received_bytes = dict.fromkeys(peers, 0)
-        self.taken = dict.fromkeys(peers, 0)  # messages
-        MPI.Prequest.Startall(self._requests)
-
-    def test(self) -> set[int]:
-        """See what has arrived; peers of whom MPI tells now that their process has ended."""
-        if not self._requests:
-            return set()
-        statuses: list[MPI.Status] = []
-        try:
-            ended, done = self._ended, MPI.Request.Testsome(self._requests, statuses) or []
-        except MPI.Exception:
-            ended = {status.source for status in statuses if status.error} | self._ended
-            if not ended:
-                raise
-            done = self._done_beside(ended)
-        if ended:
-            self._forget(ended)
-            self._ended = set()
-        for status in statuses:
-            if not status.error:
-                self.received_bytes[status.source] += status.Get_count(MPI.BYTE)
-        self._complete.update(done)
-        return ended
-
-    def _done_beside(self, ended: set[int]) -> list[int]:
-        """Which receives from other peers are complete, since the call that failed does not tell; adds to `ended` whoever fails now."""
-        done = []
-        for index, (peer, _) in enumerate(self._slots):
-            if peer in ended or index in self._complete or self._requests[index] == MPI.REQUEST_NULL:
-                continue
-            try:
-                if self._requests[index].Test():
-                    done.append(index)
-            except MPI.Exception:
-                ended.add(peer)
-        return done
-
-    def _forget(self, ended: set[int]) -> None:
-        """Take these peers' receives out of use."""
-        for index, (peer, _) in enumerate(self._slots):
-            if peer in ended:
-                self._requests[index] = MPI.REQUEST_NULL  # not freed: it has failed
-
-    def first(self, peer: int) -> Message | None:
-        """The peer's oldest message that was not taken out, if it has arrived."""
-        index = self._lines[peer][0]
-        return self._slots[index][1] if index in self._complete else None
-
-    def take(self, peer: int) -> None:
-        """Take it out: its buffer receives again."""
-        index = self._lines[peer].popleft()
-        self._complete.remove(index)
-        self.taken[peer] += 1
-        self._lines[peer].append(index)
-        try:
-            self._requests[index].Start()
-        except MPI.Exception as error:
-            if error.Get_error_class() != PROCESS_ENDED:
-                raise
-            self._ended.add(peer)
-
-    def close(self) -> None:
-        for request in self._requests:
-            if request != MPI.REQUEST_NULL:
-                request.Cancel()
-                _is_over(request)
-        self._requests = []
+        self._receiver.close()
 
 
 class SendPool:
@@ -293,11 +197,4 @@ def _all_over(requests: list[MPI.Prequest]) -> bool:
     try:
         return MPI.Request.Testall(requests)
     except MPI.Exception:
-        return all([_is_over(request) for request in requests])
-
-
-def _is_over(request: MPI.Prequest) -> bool:
-    try:
-        return request.Test()
-    except MPI.Exception:
-        return True
+        return all([is_over(request) for request in requests])
