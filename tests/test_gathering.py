@@ -97,6 +97,10 @@ def test_work_that_is_gathered_already_does_not_move_again():
     for _ in range(40):
         now += LOOK_S
         assert watch.look(cluster, list(best.heads), list(best.groups), now, best.gathered) is None
+    watch = Watch(WORK, True, (6,))
+    for _ in range(40):
+        now += LOOK_S
+        assert watch.look(cluster, list(best.heads), list(best.groups), now, best.gathered) is None, "that 7 is unstable too changes nothing"
     watch, targets = Watch(WORK, True, (6, 7)), []
     for _ in range(40):
         now += LOOK_S
