@@ -21,7 +21,7 @@ from halo_mpi.model.loading import share_parts
 from halo_mpi.model.whole import load_layer
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import SLOTS, reside
-from halo_mpi.store.reader import ModelStore
+from halo_mpi.store.reader import ModelStore, RecordFile
 from tests.mpi import EVEN, halo, report_of
 
 PROMPT = ["--prompt", "The dog", "--max-tokens", "12", "--ignore-eos"]
@@ -118,6 +118,22 @@ def test_what_cannot_be_read_is_an_error_when_it_is_needed(deep):
         for part in (5, 9):
             with pytest.raises(DamagedFileError, match="shard-00"):
                 loader.need(part)
+
+
+def test_all_records_of_a_part_are_expected_before_the_first_is_read(deep, monkeypatch):
+    """So that the disk gives them together; and all that are read were expected."""
+    calls = []
+    for name in ("expect", "read"):
+        real = getattr(RecordFile, name)
+        monkeypatch.setattr(RecordFile, name, lambda *of, name=name, real=real: (calls.append((name, of[1:])), real(*of))[1])
+    with loading(deep, [0, 1, 3], [0], None, lambda part, read: (calls.append(("part", part)), read())) as (loader, _):
+        loader.load()
+    ours = calls[calls.index(("part", 0)) :]
+    begins = [place for place, (name, _) in enumerate(ours) if name == "part"]
+    for begin, end in zip(begins, [*begins[1:], None]):
+        names, records = zip(*ours[begin + 1 : end])
+        half = len(names) // 2
+        assert half and names == ("expect",) * half + ("read",) * half and records[:half] == records[half:]
 
 
 def test_messages_are_looked_at_while_a_part_is_waited_for(deep):

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.pagecache import drop, resident
 from halo_mpi.errors import DiskFullError, DamagedFileError, HaloError, InputError, UsageError
 from halo_mpi.store.encoding import DTYPES, Blocks, decode, decode_blocks, encode, encoded_bytes, quantize
 from halo_mpi.store.layout import Part, RecordLayout
@@ -101,6 +103,20 @@ def test_a_record_comes_back_as_written(tmp_path):
     assert np.array_equal(layout.unpack(file.read("things", 0, 5), "b"), quantize(matrix((16, 64), 5), "int4").dequantize())
     assert file.digest == digest
     assert file.meta == {"name": "test"}
+
+
+def test_what_is_expected_comes_into_memory_though_nobody_reads_it(tmp_path):
+    write_file(tmp_path / "file.h5", layers=1000)
+    file = RecordFile(tmp_path / "file.h5")
+    drop(tmp_path)
+    if resident(tmp_path):
+        pytest.skip("this file system keeps pages that it is asked to forget")
+    file.expect("things", 500, 3)
+    until = time.monotonic() + 10
+    while not resident(tmp_path):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert resident(tmp_path) < 0.5, "and not all the rest with it"
 
 
 def test_a_record_smaller_than_its_part_is_padded_with_zeros():

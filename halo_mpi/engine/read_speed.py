@@ -33,7 +33,9 @@ def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float
     weights, begin = 0, time.perf_counter()
     for turn, step in product(range(len(runs)), range(config.layers)):
         layer = (first_layer + step * far) % config.layers
-        for entry in runs[(first_run + step + turn) % len(runs)]:
+        run = runs[(first_run + step + turn) % len(runs)]
+        store.expect(table, layer, run)
+        for entry in run:
             record = store.read(table, layer, entry)
             for name, shape in matrices.items():
                 fill(rooms[name], slice(0, shape.dims[0]), slice(0, shape.dims[1]), layout, record, name)

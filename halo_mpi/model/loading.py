@@ -123,7 +123,11 @@ def read_attention(
     def columns(block: int) -> slice:
         return slice(block * sizes.head_columns, (block + 1) * sizes.head_columns)
 
-    for (table, entry), blocks in _blocks_of(sizes.config, query_heads).items():
+    wanted = _blocks_of(sizes.config, query_heads)
+    for table, entry in wanted:
+        if (table, entry) not in here:
+            store.expect(table, layer, [entry])
+    for (table, entry), blocks in wanted.items():
         if (table, entry) in here:
             for name, block in blocks.items():
                 before = here[table, entry][name]
@@ -159,6 +163,7 @@ def read_ffn(
     if bias is not None:
         bias[:] = 0
     (columns, half), (columns_before, half_before) = _columns_of(kernel, groups), _columns_of(kernel, held.groups)
+    store.expect("ffn", layer, [group for group in columns if group not in columns_before])
     for group, own in columns.items():
         gate, up = own, slice(own.start + half, own.stop + half)
         if group in columns_before:
@@ -195,8 +200,9 @@ def read_scores(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: 
     """Read some rows of the head into the room that they have."""
     config = kernel.sizes.config
     table, hidden = "embedding" if config.tied else "head", slice(0, config.hidden)
-    layout = store.layout(table)
-    for block in range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK)):
+    layout, blocks = store.layout(table), range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK))
+    store.expect(table, 0, blocks)
+    for block in blocks:
         before = block * VOCABULARY_BLOCK
         first, last = max(start, before), min(stop, before + VOCABULARY_BLOCK)
         fill(rows.rows, slice(first - start, last - start), hidden, layout, store.read(table, 0, block), "rows", first - before)
@@ -205,6 +211,7 @@ def read_scores(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: 
 def fill_vocabulary(store: ModelStore, config: ModelConfig, table: str, block: int, matrix: Any, start: int) -> None:
     """Read one block of the embedding or the head into a matrix, from row `start` on."""
     rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
+    store.expect(table, 0, [block])
     record, layout = store.read(table, 0, block), store.layout(table)
     fill(matrix, slice(start, start + rows), slice(0, config.hidden), layout, record, "rows")
 
