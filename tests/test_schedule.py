@@ -12,8 +12,11 @@ from halo_mpi.errors import InputError, MemoryBudgetError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import shard_index, split_evenly
 from halo_mpi.model.sizes import Sizes, shape_bytes
+from halo_mpi.schedule.advice import Advice
+from halo_mpi.schedule.cost import Cluster, Device
 from halo_mpi.schedule.memory import Need, check_memory
 from halo_mpi.schedule.placement import Plan, make_plan
+from halo_mpi.schedule.shares import Work, with_cost
 
 SMOLLM2 = ModelConfig("smollm2", 30, 576, 9, 3, 64, 1536, 49152, 8192, 1e-5, 1e5, None, True)
 configs = st.builds(
@@ -112,6 +115,20 @@ def test_what_only_a_worker_has_on_its_disk_is_its_own_whatever_it_matters():
     plan = make_plan(SMOLLM2, "auto", available, found_by_calibration())
     for rank in range(3):
         assert {group for own in plan.groups(rank) for group in own} <= available[rank]["ffn"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=8).filter(any), st.booleans(), st.sets(st.integers(1, 7), max_size=2))
+def test_nobody_needs_more_kv_heads_than_its_memory_was_reckoned_for(wanted, calibrated, unstable):
+    """Who has a whole number of KV heads shares none of them, whatever the others have."""
+    heads, ranks, work = [count * 9 // sum(wanted) for count in wanted], len(wanted), Work.of(Sizes(SMOLLM2), 512)
+    heads[0] += 9 - sum(heads)
+    shares = with_cost(Cluster([Device("pi", 3, 6)] * ranks), work, heads, split_evenly(12, ranks))
+    advice = Advice({"measured": shares}, "measured", tuple(rank for rank in sorted(unstable) if rank < ranks))
+    plan = make_plan(SMOLLM2, "auto", disks(SMOLLM2, ranks, 4), found_by_calibration() if calibrated else None, advice)
+    assert plan.counts(ranks)[0] == heads
+    for rank, layers in enumerate(map(plan.query_heads, range(ranks))):
+        assert max(len({head // 3 for head in own}) for own in layers) <= work.kv_heads(heads[rank])
 
 
 def placement_file(folder, content) -> str:

@@ -4,7 +4,7 @@
     rank 2 gathered          0 0 1 1 | 0 0 0 1 | 2 2 2 2 | 0 0 1 1     that of one layer does
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -54,6 +54,24 @@ def _share_out(table: np.ndarray, units: int, totals: np.ndarray) -> None:
             own[int(away.argmax())] += np.sign(more)
         row += own
         given += own
+
+
+def in_runs(counts: Sequence[int], order: Iterable[int], each: int) -> list[int]:
+    """Owners of heads that are neighbours: the ranks' runs one after the other, so that few of the `each` with one KV head have two owners.
+
+    A rank with a multiple of `each` begins at such a KV head, if need be after ranks that come later in `order`: it needs no more of
+    them than its memory was reckoned for.
+    """
+    result, waiting = [], []
+    for rank in order:
+        if len(result) % each and counts[rank] % each == 0:
+            waiting.append(rank)
+            continue
+        result += [rank] * counts[rank]
+        if len(result) % each == 0:
+            result += [rank for rank in waiting for _ in range(counts[rank])]
+            waiting = []
+    return result
 
 
 def dealt_again(owner: np.ndarray, counts: Sequence[int], order: list[int], tiers: list[list[int]], disks: list[set[int]],

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from halo_mpi.errors import InputError, UsageError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.records import owners, split_evenly
 from halo_mpi.schedule.advice import Advice
-from halo_mpi.schedule.dealing import by_layer, dealt_again
+from halo_mpi.schedule.dealing import by_layer, dealt_again, in_runs
 from halo_mpi.wire.messages import Kind
 
 Disks = list[dict[str, set[int]]]  # heads ("query") and groups ("ffn") on each rank's disk
@@ -112,15 +113,16 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
                 f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
             )
         heads, groups, gathered = (wanted.get(key, usual) for key, usual in (("heads", heads), ("groups", groups), ("gathered", ())))
+    in_rank_order = in_runs(heads, range(ranks), config.heads_per_kv)
     if name == "even" and calibration:  # its groups are sorted: in runs, the last rank would have nothing that matters
         ffn = np.array(_back_and_forth(groups, [list(range(ranks))]))
-        query = np.tile(owners(heads), (config.layers, 1))
+        query = np.tile(in_rank_order, (config.layers, 1))
     elif tiers:
         if not fixed and not measured:
             heads, groups = (_largest_first(shares, tiers) for shares in (heads, groups))
         query, ffn = by_importance(config, heads, groups, tiers, calibration["heads"]["importance"])
     else:
-        query, ffn = np.tile(owners(heads), (config.layers, 1)), np.array(owners(groups))
+        query, ffn = np.tile(in_rank_order, (config.layers, 1)), np.array(owners(groups))
     query = np.stack([_assign("query", heads, row, available, fixed or placement == "root-attention") for row in query.tolist()])
     ffn = _assign("ffn", groups, ffn.tolist(), available, fixed)
     plan = Plan(name, query, np.tile(ffn, (config.layers, 1)))
@@ -140,8 +142,7 @@ def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tier
     query = np.empty((config.layers, config.heads), int)
     for layer, (row, importance) in enumerate(zip(query, of_heads)):
         turned = [tier[layer % len(tier) :] + tier[: layer % len(tier)] for tier in tiers]  # another one is first in each layer
-        runs = [rank for tier in turned for rank in tier for _ in range(heads[rank])]
-        row[order_of_heads(config, importance)] = runs
+        row[order_of_heads(config, importance)] = in_runs(heads, chain(*turned), config.heads_per_kv)
     return query, np.array(_back_and_forth(groups, tiers))
 
 
