@@ -2,8 +2,8 @@
 
 From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
 the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root); loading goes on
-while the prompt is computed (meanwhile, as the program does it) or comes first. Then the ffn records are read one by one as a rank
-would: each a chunk of an HDF5 file, its checksum checked.
+while the prompt is computed (meanwhile, as the program does it) or comes first. Then the ffn records are read as a rank would: each a chunk of an
+HDF5 file, its checksum checked; one by one, and (together, as the program does it) with all of a layer asked of the kernel before.
 """
 
 import tempfile
@@ -31,6 +31,7 @@ from halo_mpi.store.reader import ModelStore
 SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PHASES = ("python", "MPI", "import", "open", "load", "first token")
 CACHES = ("warm", "cold")
+ASKED = ("one by one", "together")
 LOADING = {"meanwhile": [], "first": ["--load-first"]}
 COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
 TIMEOUT_S = 120.0
@@ -76,20 +77,23 @@ def run_start(cell: dict, model: Path) -> dict:
 
 
 def run_reading(cell: dict, model: Path) -> dict:
-    """MB/s of all ffn records, each read for itself; with and without decoding to f32."""
+    """MB/s of all ffn records, with and without decoding to f32."""
     share, began = prepare(model, cell["cache"]), time.perf_counter()
     store = ModelStore(model)
     layout, layers = store.layout("ffn"), config_of(model).layers
     read_ms, decode_ms = [], []
     for layer in range(layers):
-        for entry in sorted(store.entries("ffn")):
-            start = time.perf_counter()
+        entries, start = sorted(store.entries("ffn")), time.perf_counter()
+        if cell["asked"] == "together":
+            store.expect("ffn", layer, entries)
+        for entry in entries:
             record = store.read("ffn", layer, entry)
             middle = time.perf_counter()
             for name in layout.parts:
                 layout.unpack(record, name)
             read_ms.append(round((middle - start) * 1e3, 4))
             decode_ms.append(round((time.perf_counter() - middle) * 1e3, 4))
+            start = time.perf_counter()
     store.close()
     samples = {"record_bytes": layout.nbytes, "read_ms": read_ms, "decode_ms": decode_ms, "resident": share}
     cold = cell["cache"] == "warm" or share <= COLD_ENOUGH
@@ -135,7 +139,7 @@ def table(content: dict) -> Table:
     for run in content["runs"]:
         if run["what"] == "reading" and run["status"] == "ok":
             drawn.notes.append(
-                f"reading {run['dtype']}, {run['cache']}, repeat {run['repeat'] + 1}: {len(run['read_ms'])} records of "
+                f"reading {run['dtype']}, {run['cache']}, {run['asked']}, repeat {run['repeat'] + 1}: {len(run['read_ms'])} records of "
                 f"{run['record_bytes'] / 1e3:.0f} kB at {speed_mb_s(run):.0f} MB/s with checksum (p99 "
                 f"{np.percentile(run['read_ms'], 99):.2f} ms), {speed_mb_s(run, True):.0f} MB/s decoded to f32"
             )
@@ -162,8 +166,8 @@ def plot(content: dict, path: Path) -> None:
 
 
 def name_of(cell: dict) -> str:
-    ranks = f", {cell['ranks']} ranks, loading {cell['loading']}" if cell["what"] == "start" else ""
-    return f"{cell['what']} {cell['dtype']}, {cell['cache']}{ranks}, repeat {cell['repeat'] + 1}"
+    how = f"{cell['ranks']} ranks, loading {cell['loading']}" if cell["what"] == "start" else cell["asked"]
+    return f"{cell['what']} {cell['dtype']}, {cell['cache']}, {how}, repeat {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:
@@ -184,7 +188,7 @@ def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
         groups = []
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]
-            groups.append([{"what": "reading", **kind} for kind in kinds])
+            groups.append([{"what": "reading", **kind, "asked": asked} for kind in kinds for asked in ASKED])
             groups += [
                 [{"what": "start", **kind, "ranks": n, "loading": loading} for kind in kinds for loading in LOADING]
                 for n in ranks
