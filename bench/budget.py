@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.load import CACHES, prepare, source_options, stored_as
 from bench.modes import Numbers
-from bench.pagecache import drop, resident
+from bench.pagecache import drop_records, resident
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
@@ -45,7 +45,7 @@ def loading(model: Path, held: float, cold: bool):
     layers, parts = share_parts(store, kernel, heads, groups)
     sizes = [shape_bytes(part.shapes) for part in parts]
     if cold:
-        parts = [replace(part, read=partial(read_and_drop, part.read, model)) for part in parts]
+        parts = [replace(part, read=partial(read_and_drop, part.read, store, *divmod(number, 2))) for number, part in enumerate(parts)]
     loader = Loader(parts, reside(sizes, int(held * sum(sizes))))
     loader.load()
     try:
@@ -55,9 +55,9 @@ def loading(model: Path, held: float, cold: bool):
         store.close()
 
 
-def read_and_drop(read: Callable[[], None], model: Path) -> None:
+def read_and_drop(read: Callable[[], None], store: ModelStore, layer: int, is_ffn: int) -> None:
     read()
-    drop(model)
+    drop_records(store, layer, {"ffn"} if is_ffn else {"query", "kv"})
 
 
 def products(share: Share) -> Iterator[tuple[int, Callable[[], object]]]:

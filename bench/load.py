@@ -85,7 +85,7 @@ def run_reading(cell: dict, model: Path) -> dict:
     for layer in range(layers):
         entries, start = sorted(store.entries("ffn")), time.perf_counter()
         if cell["asked"] == "together":
-            store.expect("ffn", layer, entries)
+            store.expect(layer, [("ffn", entry) for entry in entries])
         for entry in entries:
             record = store.read("ffn", layer, entry)
             middle = time.perf_counter()

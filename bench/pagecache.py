@@ -5,6 +5,8 @@ import mmap
 import os
 from pathlib import Path
 
+from halo_mpi.store.reader import ModelStore
+
 
 def drop(folder: Path) -> None:
     """Ask the kernel to forget the files' pages. It does not on every file system; see `resident`."""
@@ -12,6 +14,17 @@ def drop(folder: Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def drop_records(store: ModelStore, layer: int, names: set[str]) -> None:
+    """The same of a layer's records in these tables, and of nothing that others expect."""
+    for file in store.shards.values():
+        with open(file.path, "rb") as opened:
+            for name in names & file.tables.keys():
+                table = file.tables[name]
+                begin = int(table.offsets[layer].min()) // mmap.PAGESIZE * mmap.PAGESIZE
+                end = int(table.offsets[layer].max()) + table.layout.nbytes + mmap.PAGESIZE - 1
+                os.posix_fadvise(opened.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def warm(folder: Path) -> None:

@@ -17,7 +17,8 @@ from halo_mpi.errors import DamagedFileError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.llama import LayerWeights
 from halo_mpi.model.kernels.reference import Reference
-from halo_mpi.model.loading import share_parts
+from halo_mpi.model.kernels.choice import make_kernel
+from halo_mpi.model.loading import HeadBlock, down_dtype, head_parts, scores_part, share_parts
 from halo_mpi.model.whole import load_layer
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import SLOTS, reside
@@ -49,14 +50,14 @@ def test_what_stays_lies_evenly_between_the_rest():
 
 
 @contextmanager
-def loading(model, heads, groups, budget, read=lambda part, read: read()):
-    """A loader, the layers that it fills, and the matrices of each part as they should be. `read`: called to read a part."""
+def loading(model, heads, groups, budget, read=lambda part, read: read(), expect=lambda part: None):
+    """A loader, the layers that it fills, and the matrices of each part as they should be. `read`, `expect`: called for a part."""
     store = ModelStore(model)
     config = ModelConfig.from_dict(store.meta["config"])
     expected = [load_layer(store, config, layer, heads, groups) for layer in range(config.layers)]
     layers, parts = share_parts(store, Reference(config), [heads] * config.layers, [groups] * config.layers)
     sizes = [shape_bytes(part.shapes) for part in parts]
-    parts = [replace(part, read=partial(read, number, part.read)) for number, part in enumerate(parts)]
+    parts = [replace(part, read=partial(read, number, part.read), expect=partial(expect, number)) for number, part in enumerate(parts)]
     loader = Loader(parts, reside(sizes, None if budget is None else int(budget * sum(sizes))))
     try:
         yield loader, lambda part: matrices(layers, part) == matrices(expected, part)
@@ -120,20 +121,38 @@ def test_what_cannot_be_read_is_an_error_when_it_is_needed(deep):
                 loader.need(part)
 
 
-def test_all_records_of_a_part_are_expected_before_the_first_is_read(deep, monkeypatch):
-    """So that the disk gives them together; and all that are read were expected."""
+@pytest.mark.parametrize("budget, turns", [(None, 1), (0.0, 3)])
+def test_the_next_part_is_expected_before_this_one_is_read(deep, budget, turns):
+    """So that the disk gives it meanwhile."""
     calls = []
-    for name in ("expect", "read"):
+    with loading(deep, [0, 1, 3], [0], budget, lambda part, _: calls.append(("read", part)),
+                 lambda part: calls.append(("expect", part))) as (loader, _):  # fmt: skip
+        for _ in range(turns):
+            loader.load()
+    read = [part for name, part in calls if name == "read"]
+    assert read[: 10 * turns] == [*range(10)] * turns
+    ahead = [call for this, after in zip(read, [*read[1:], None]) for call in (("expect", after), ("read", this))]
+    assert calls[: 20 * turns - 2] == [("expect", 0), *ahead][: 20 * turns - 2]
+
+
+def test_what_is_expected_of_a_part_is_what_it_reads(light, monkeypatch):
+    calls = {"expect": [], "read": []}
+    for name, records in calls.items():
         real = getattr(RecordFile, name)
-        monkeypatch.setattr(RecordFile, name, lambda *of, name=name, real=real: (calls.append((name, of[1:])), real(*of))[1])
-    with loading(deep, [0, 1, 3], [0], None, lambda part, read: (calls.append(("part", part)), read())) as (loader, _):
-        loader.load()
-    ours = calls[calls.index(("part", 0)) :]
-    begins = [place for place, (name, _) in enumerate(ours) if name == "part"]
-    for begin, end in zip(begins, [*begins[1:], None]):
-        names, records = zip(*ours[begin + 1 : end])
-        half = len(names) // 2
-        assert half and names == ("expect",) * half + ("read",) * half and records[:half] == records[half:]
+        monkeypatch.setattr(RecordFile, name, lambda *of, records=records, real=real: (records.append(of[1:]), real(*of))[1])
+    store = ModelStore(light)
+    config = ModelConfig.from_dict(store.meta["config"])
+    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
+    layers, parts = share_parts(store, kernel, [[0, 1, 3]] * config.layers, [[0]] * config.layers)
+    blocks, of_head = head_parts(store, kernel)
+    for part in (*parts, *of_head, scores_part(store, kernel, 16, config.vocabulary, HeadBlock())):
+        part.make_room()
+        part.expect()
+        part.read()
+        assert calls["read"] and sorted(calls["expect"]) == sorted(calls["read"])
+        for records in calls.values():
+            records.clear()
+    store.close()
 
 
 def test_messages_are_looked_at_while_a_part_is_waited_for(deep):

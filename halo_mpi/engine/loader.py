@@ -40,6 +40,7 @@ class Loader:
         self._there = {part for part, size in enumerate(residence.sizes) if not size}
         self._to_stay = {part for part, stays in enumerate(residence.stays) if stays} - self._there
         self._at, self._closing = 0, False
+        self._expected: int | None = None  # the part that the kernel fetches already
         self._complete = len(self._there) == len(self._parts)
         if self._complete:
             self._parts = []
@@ -121,9 +122,19 @@ class Loader:
         begin = time.perf_counter()
         if part in self._in_slot:
             self._parts[part].make_room(self._slots[self._in_slot.index(part)])
+        if part != self._expected:
+            self._parts[part].expect()
+        if (after := self._after(part)) is not None:
+            self._parts[after].expect()
+        self._expected = after
         self._parts[part].read()
         self.read_s += time.perf_counter() - begin
         self._has_come(part)
+
+    def _after(self, part: int) -> int | None:
+        """The part that will be read when this one has been, unless somebody skips some."""
+        parts = range(len(self._parts))
+        return next((other for other in [*parts[part + 1 :], *parts[:part]] if other not in self._there), None)
 
     def _next(self) -> int | None:
         """The part to read now, once there is one; None if there never will be."""

@@ -30,11 +30,14 @@ def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float
     runs = [entries[first : first + TOGETHER] for first in range(0, len(entries), TOGETHER)]
     first_layer, first_run = rank * config.layers // ranks, rank * len(runs) // ranks
     far = _step(config.layers)
+    places = [
+        ((first_layer + step * far) % config.layers, runs[(first_run + step + turn) % len(runs)])
+        for turn, step in product(range(len(runs)), range(config.layers))
+    ]
     weights, begin = 0, time.perf_counter()
-    for turn, step in product(range(len(runs)), range(config.layers)):
-        layer = (first_layer + step * far) % config.layers
-        run = runs[(first_run + step + turn) % len(runs)]
-        store.expect(table, layer, run)
+    for (layer, run), following in zip(places, [*places[1:], None]):
+        if following:
+            store.expect(following[0], [(table, entry) for entry in following[1]])
         for entry in run:
             record = store.read(table, layer, entry)
             for name, shape in matrices.items():

@@ -27,12 +27,16 @@ class HeadBlock:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is read at once: matrices of `owner`, their shapes by name, and what reads them into the room that `owner` has."""
+    """What is read at once: matrices of `owner`, their shapes by name, and what reads them into the room that `owner` has.
+
+    `expect`: tells that it will be read soon.
+    """
 
     owner: LayerWeights | HeadBlock | None
     shapes: Shapes
     read: Callable[[], None]
     kernel: Kernel | None = None
+    expect: Callable[[], None] = lambda: None
 
     def make_room(self, memory: np.ndarray | None = None) -> None:
         """Give the owner matrices of these shapes: in memory of their own, or one after the other in `memory` (uint8, at a cache line)."""
@@ -79,7 +83,9 @@ def attention_part(
     held = held if kernel.copies else NOTHING
     weights.runs = runs_of(query_heads, kernel.sizes.config.heads_per_kv)[1]
     shapes = kernel.sizes.attention(query_heads, set(store.meta["biases"]))
-    return Part(weights, shapes, partial(read_attention, store, kernel, layer, query_heads, weights, held), kernel)
+    config, read = kernel.sizes.config, partial(read_attention, store, kernel, layer, query_heads, weights, held)
+    records = _blocks_of(config, query_heads).keys() - _blocks_of(config, held.heads).keys()
+    return Part(weights, shapes, read, kernel, partial(store.expect, layer, sorted(records)))
 
 
 def ffn_part(
@@ -88,22 +94,28 @@ def ffn_part(
     """What reads FFN groups of a layer into `weights`."""
     held = held if kernel.copies else NOTHING
     shapes = kernel.sizes.ffn(groups, set(store.meta["biases"]))
-    return Part(weights, shapes, partial(read_ffn, store, kernel, layer, groups, weights, held), kernel)
+    read = partial(read_ffn, store, kernel, layer, groups, weights, held)
+    records = [("ffn", group) for group in groups if group not in held.groups]
+    return Part(weights, shapes, read, kernel, partial(store.expect, layer, records))
 
 
 def head_parts(store: ModelStore, kernel: Kernel) -> tuple[list[HeadBlock], list[Part]]:
     """The head, cut as it is stored; without room yet."""
     config = kernel.sizes.config
     blocks = [HeadBlock() for _ in range(vocabulary_blocks(config))]
-    return blocks, [
-        Part(block, kernel.sizes.head(number), partial(read_head, store, config, number, block), kernel)
-        for number, block in enumerate(blocks)
-    ]
+    parts = []
+    for number, block in enumerate(blocks):
+        read, expect = partial(read_head, store, config, number, block), partial(store.expect, 0, [(head_table(config), number)])
+        parts.append(Part(block, kernel.sizes.head(number), read, kernel, expect))
+    return blocks, parts
 
 
 def scores_part(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: HeadBlock) -> Part:
     """What reads the head's rows from `start`, at a tile, to `stop` into `rows`."""
-    return Part(rows, kernel.sizes.scores(stop - start), partial(read_scores, store, kernel, start, stop, rows), kernel)
+    table = head_table(kernel.sizes.config)
+    records = [(table, block) for block in range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK))]
+    read = partial(read_scores, store, kernel, start, stop, rows)
+    return Part(rows, kernel.sizes.scores(stop - start), read, kernel, partial(store.expect, 0, records))
 
 
 def read_attention(
@@ -123,11 +135,7 @@ def read_attention(
     def columns(block: int) -> slice:
         return slice(block * sizes.head_columns, (block + 1) * sizes.head_columns)
 
-    wanted = _blocks_of(sizes.config, query_heads)
-    for table, entry in wanted:
-        if (table, entry) not in here:
-            store.expect(table, layer, [entry])
-    for (table, entry), blocks in wanted.items():
+    for (table, entry), blocks in _blocks_of(sizes.config, query_heads).items():
         if (table, entry) in here:
             for name, block in blocks.items():
                 before = here[table, entry][name]
@@ -163,7 +171,6 @@ def read_ffn(
     if bias is not None:
         bias[:] = 0
     (columns, half), (columns_before, half_before) = _columns_of(kernel, groups), _columns_of(kernel, held.groups)
-    store.expect("ffn", layer, [group for group in columns if group not in columns_before])
     for group, own in columns.items():
         gate, up = own, slice(own.start + half, own.stop + half)
         if group in columns_before:
@@ -193,25 +200,28 @@ def _columns_of(kernel: Kernel, groups: list[int]) -> tuple[dict[int, slice], in
 
 def read_head(store: ModelStore, config: ModelConfig, number: int, block: HeadBlock) -> None:
     """Read one block of the head into the room that it has."""
-    fill_vocabulary(store, config, "embedding" if config.tied else "head", number, block.rows, 0)
+    fill_vocabulary(store, config, head_table(config), number, block.rows, 0)
 
 
 def read_scores(store: ModelStore, kernel: Kernel, start: int, stop: int, rows: HeadBlock) -> None:
     """Read some rows of the head into the room that they have."""
     config = kernel.sizes.config
-    table, hidden = "embedding" if config.tied else "head", slice(0, config.hidden)
-    layout, blocks = store.layout(table), range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK))
-    store.expect(table, 0, blocks)
-    for block in blocks:
+    table, hidden = head_table(config), slice(0, config.hidden)
+    layout = store.layout(table)
+    for block in range(start // VOCABULARY_BLOCK, -(-stop // VOCABULARY_BLOCK)):
         before = block * VOCABULARY_BLOCK
         first, last = max(start, before), min(stop, before + VOCABULARY_BLOCK)
         fill(rows.rows, slice(first - start, last - start), hidden, layout, store.read(table, 0, block), "rows", first - before)
 
 
+def head_table(config: ModelConfig) -> str:
+    """Where the head's rows are stored."""
+    return "embedding" if config.tied else "head"
+
+
 def fill_vocabulary(store: ModelStore, config: ModelConfig, table: str, block: int, matrix: Any, start: int) -> None:
     """Read one block of the embedding or the head into a matrix, from row `start` on."""
     rows = min(VOCABULARY_BLOCK, config.vocabulary - block * VOCABULARY_BLOCK)
-    store.expect(table, 0, [block])
     record, layout = store.read(table, 0, block), store.layout(table)
     fill(matrix, slice(start, start + rows), slice(0, config.hidden), layout, record, "rows")
 

@@ -48,6 +48,7 @@ class RecordFile:
                 self.meta = json.loads(file["meta"][()].tobytes())
                 self.tables = {name: self._open_table(file[name]) for name in file if name != "meta"}
             self._descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # what comes next is told by `expect`, not guessed
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist") from error
         except PermissionError as error:
@@ -142,13 +143,12 @@ class ModelStore:
         self._pace(begin, record.nbytes)
         return record
 
-    def expect(self, name: str, layer: int, entries: Iterable[int]) -> None:
-        """Tell that all these records will be read at once. One after the other, each waits for the disk alone: that took 2.7 times as
-        long for the FFN groups of a layer that were not in the page cache (bench/budget.py).
+    def expect(self, layer: int, records: Iterable[tuple[str, int]]) -> None:
+        """Have the kernel fetch some records of a layer, by table and entry, while others are read: all at once, and no more than these.
 
         Raises InputError as `read` does.
         """
-        for entry in entries:
+        for name, entry in records:
             self._holder(name, entry).expect(name, layer, entry)
 
     def _holder(self, name: str, entry: int) -> RecordFile:
