@@ -3,7 +3,8 @@
 All heads and groups of the model on one rank, without the vocabulary, on one thread, for weights stored as f32 and as int4 and with
 a part of them staying in memory; the rest is read again at every token. In turns in one run, some tokens one right after the other: with
 all weights in memory (computing), the reading of what does not stay without computing (reading), and both at once, as the program does it.
-Cold: the model's files are taken out of the page cache before, and again after each part that was read.
+Cold: the model's files are taken out of the page cache before, and again after each part that was read. A device: as in the lab, a layer's
+attention or FFN takes at least 0.7 ms, and each record as long as from a disk of so many MB/s.
 """
 
 import time
@@ -32,14 +33,20 @@ from halo_mpi.schedule.residence import reside
 from halo_mpi.store.reader import ModelStore
 
 CONTEXT = 64  # tokens in the KV cache
+PACE_S = 0.7e-3  # of a device, for attention or FFN of a layer
 COLD_ENOUGH = 0.05  # of the pages still in memory: the loader has read ahead
 ROUNDS, TOKENS = 4, 6  # of each kind; the first token of a round is not counted, since the loader begins it with two parts read
 
 
 @contextmanager
-def loading(model: Path, held: float, cold: bool):
-    """A share of everything, of whose weights so much stays, and its loader."""
-    store, config = ModelStore(model), config_of(model)
+def loading(model: Path, held: float, cold: bool, read_mbps: float | None = None):
+    """A share of everything, of whose weights so much stays, and its loader. `read_mbps`: of the disk, if it is slower than the real one."""
+
+    def pace(begin: float, size: int) -> None:
+        if read_mbps:
+            time.sleep(max(0.0, begin + size / read_mbps / 1e6 - time.perf_counter()))
+
+    store, config = ModelStore(model, pace), config_of(model)
     heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
     kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
     layers, parts = share_parts(store, kernel, heads, groups)
@@ -68,25 +75,29 @@ def products(share: Share) -> Iterator[tuple[int, Callable[[], object]]]:
         yield 2 * layer + 1, lambda: share.ffn(layer, x)
 
 
-def token_ms(share: Share, loader: Loader, compute: bool) -> float:
-    """One pass over the layers; without computing, their parts are only needed."""
+def token_ms(share: Share, loader: Loader, compute: bool, pace_s: float = 0.0) -> float:
+    """One pass over the layers; without computing, their parts are only needed. `pace_s`: the least that computing one takes."""
     begin = time.perf_counter()
     for part, product in products(share):
         loader.need(part)
         if compute:
+            until = time.perf_counter() + pace_s
             product()
+            if (left_s := until - time.perf_counter()) > 0:
+                time.sleep(left_s)
     return (time.perf_counter() - begin) * 1e3
 
 
 def run_budget(cell: dict, model: Path) -> dict:
-    began, cold = time.perf_counter(), cell["cache"] == "cold"
+    began, cold, mbps = time.perf_counter(), cell["cache"] == "cold", cell["read_mbps"]
+    pace_s = PACE_S if mbps else 0.0
     times: dict[str, list[float]] = {"compute_ms": [], "read_ms": [], "both_ms": []}
     error = None
-    with loading(model, 1.0, False) as (whole, all_held), loading(model, cell["held"], cold) as (share, loader):
+    with loading(model, 1.0, False) as (whole, all_held), loading(model, cell["held"], cold, mbps) as (share, loader):
         kinds: dict[str, Callable[[], float]] = {
-            "compute_ms": lambda: token_ms(whole, all_held, True),
+            "compute_ms": lambda: token_ms(whole, all_held, True, pace_s),
             "read_ms": lambda: token_ms(share, loader, False),
-            "both_ms": lambda: token_ms(share, loader, True),
+            "both_ms": lambda: token_ms(share, loader, True, pace_s),
         }
         for _ in range(ROUNDS):
             for name, once in kinds.items():
@@ -115,17 +126,17 @@ def ratio(run: dict) -> float:
 
 
 def table(content: dict) -> Table:
-    columns = ["dtype", "cache", "held", "read again", "computing", "reading", "both", "both / the longer", "least .. most"]
+    columns = ["dtype", "from", "held", "read again", "computing", "reading", "both", "both / the longer", "least .. most"]
     drawn = Table("Weights that do not stay in memory, ms per token, medians", columns, texts=2)
     found: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["status"] == "ok":
-            found.setdefault((run["dtype"], run["cache"], run["held"]), []).append(run)
-    for (dtype, cache, held), runs in found.items():
+            found.setdefault((run["dtype"], source_of(run), run["held"]), []).append(run)
+    for (dtype, disk, held), runs in found.items():
         typical = np.median([medians(run) for run in runs], axis=0)
         ratios = [ratio(run) for run in runs]
         drawn.rows.append(
-            [dtype, cache, f"{held:.0%}", f"{runs[0]['streamed_bytes'] / 1e6:.0f} MB", *(number(ms) for ms in typical),
+            [dtype, disk, f"{held:.0%}", f"{runs[0]['streamed_bytes'] / 1e6:.0f} MB", *(number(ms) for ms in typical),
              number(float(np.median(ratios))), f"{min(ratios):.2f} .. {max(ratios):.2f}"]
         )  # fmt: skip
     drawn.notes.append("read again: bytes of f32 weights that each token reads and decodes anew")
@@ -133,8 +144,12 @@ def table(content: dict) -> Table:
     return drawn
 
 
+def source_of(cell: dict) -> str:
+    return f"{cell['read_mbps']:g} MB/s, device" if cell["read_mbps"] else cell["cache"]
+
+
 def name_of(cell: dict) -> str:
-    return f"{cell['dtype']}, {cell['cache']}, {cell['held']:.0%} held, repeat {cell['repeat'] + 1}"
+    return f"{cell['dtype']}, {source_of(cell)}, {cell['held']:.0%} held, repeat {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:
@@ -146,16 +161,19 @@ def line_of(run: dict) -> str:
 @click.option(
     "--held", type=Numbers(float, 0, 1), default="0.9,0.5,0.25", show_default=True, help="Shares of the weights that stay."
 )
+@click.option("--read-mbps", type=Numbers(float, 1, 1e5), default="90,250", show_default=True, help="Disks of devices.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @shared_options("minutes", "json", minutes=15)
-def main(source, dtypes, held, repeats, minutes, out) -> int:
+def main(source, dtypes, held, read_mbps, repeats, minutes, out) -> int:
     with stored_as(source, dtypes) as (shape, models):
-        results = Results("budget", out, 0, model=shape, dtypes=dtypes, held=held, repeats=repeats, rounds=ROUNDS, tokens=TOKENS)
+        settings = {"dtypes": dtypes, "held": held, "read_mbps": read_mbps, "repeats": repeats, "rounds": ROUNDS, "tokens": TOKENS}
+        results = Results("budget", out, 0, model=shape, pace_ms=PACE_S * 1e3, **settings)
+        disks = [*((cache, None) for cache in CACHES), *(("warm", mbps) for mbps in read_mbps)]
         groups = [
-            [{"dtype": dtype, "cache": cache, "held": part, "repeat": repeat}]
+            [{"dtype": dtype, "cache": cache, "read_mbps": mbps, "held": part, "repeat": repeat}]
             for repeat in range(repeats)
             for dtype in dtypes
-            for cache in CACHES
+            for cache, mbps in disks
             for part in held
         ]
         measure(groups, lambda cell: run_budget(cell, models[cell["dtype"]]), line_of, lambda cell: 15, minutes, results)
