@@ -25,12 +25,12 @@ NONE = -(10**6)  # groups, where the heads alone are too much
 Crew = tuple[int, ...]
 
 
-def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares]) -> Shares | None:
+def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares], looks: int = LOOKS) -> Shares | None:
     """The shares with the least time per token that are found, `starts` among them; None if the devices cannot hold everything.
 
-    Of small clusters exactly, unless there are too many ways to try.
+    Of small clusters exactly, unless there are too many ways to try: more than `looks` allow.
     """
-    search = _Search(cluster, work, starts)
+    search = _Search(cluster, work, starts, looks)
     if search.best or search.find_any():
         pairs = [(first, second) for first in search.crews for second in search.crews]
         if len(cluster.devices) - 1 > EVERY_CREW:
@@ -38,7 +38,7 @@ def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares]) -> Sh
                 search.try_in_turn(*pair)
         bounds = np.add.outer(*([sum(search.least_ms(kind, crew)) for crew in search.crews] for kind in (0, 1))).ravel()
         for pair in np.argsort(bounds, kind="stable"):
-            if bounds[pair] >= search.best_ms or search.looks > LOOKS:
+            if bounds[pair] >= search.best_ms or search.looks > looks:
                 break
             search.try_crews(*pairs[pair])
         if len(cluster.devices) - 1 > EVERY_CREW:
@@ -52,8 +52,8 @@ class _Search:
     `crews`: those to try; `looks`: what was done so far.
     """
 
-    def __init__(self, cluster: Cluster, work: Work, starts: Sequence[Shares]):
-        self._cluster, self._work, self.looks = cluster, work, 0
+    def __init__(self, cluster: Cluster, work: Work, starts: Sequence[Shares], most_looks: int):
+        self._cluster, self._work, self.looks, self._most_looks = cluster, work, 0, most_looks
         self.best, self.best_ms = None, np.inf
         for shares in starts:
             self._take(shares)
@@ -91,7 +91,7 @@ class _Search:
             levels = levels[np.linspace(0, len(levels) - 1, LEVELS).astype(int)]
         for number in sorted(range(len(levels)), key=lambda number: -(number & -number) if number else -LEVELS):  # coarsely first
             level = levels[number]
-            if self.looks > LOOKS:
+            if self.looks > self._most_looks:
                 return
             others = self._between(1, least[1], self.best_ms - beside - level)
             if not len(others) or (counts := self._counts(level, others[-1], attention, ffn)) is None:
@@ -124,7 +124,7 @@ class _Search:
     def change_crews(self) -> None:
         """Try crews that differ by one worker from the best, as long as that helps."""
         best, self.looks = None, 0
-        while best is not self.best and self.looks <= LOOKS:
+        while best is not self.best and self.looks <= self._most_looks:
             best = self.best
             first, second = (
                 tuple(rank for rank, own in enumerate(counts) if own or not rank) for counts in (best.heads, best.groups)

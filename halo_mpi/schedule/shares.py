@@ -16,13 +16,14 @@ from halo_mpi.schedule.cost import KINDS, Cluster, Device, share_ms, token_cost
 from halo_mpi.schedule.crews import best_alone, dealt_out
 from halo_mpi.schedule.memory import mebibytes
 from halo_mpi.schedule.reading import reading_of, reads, room
-from halo_mpi.schedule.search import best_in_memory
+from halo_mpi.schedule.search import LOOKS, best_in_memory
 from halo_mpi.schedule.work import Work
 from halo_mpi.wire.messages import Kind
 
 NEIGHBOURS = 16  # devices that are tried in a move
 GATHERED = 0.05  # of a token's time that gathering must save where nobody reads from disk
 STANDS_OUT = 2.0  # times as long a wait for a link as for the next best
+FEWER_LOOKS = LOOKS // 6  # so that all together find shares of 16 devices in a second
 MOST_SETS = 2  # of links that stand out that are tried
 
 
@@ -49,7 +50,7 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
     starts = [] if reading else [best]
     for other in [*([held] if reading else []), *_as_if_gathered(held)]:
         with suppress(MemoryBudgetError):
-            starts.append(_best_everywhere(other, work))
+            starts.append(_best_everywhere(other, work, FEWER_LOOKS))
     tried = [_gathered(held, work, start.heads, start.groups) for start in starts]
     gathered = min(filter(None, tried), key=lambda shares: shares.cost.tpot_ms, default=best)
     return gathered if gathered.cost.tpot_ms < (1 if reading else 1 - GATHERED) * best.cost.tpot_ms else best
@@ -80,7 +81,7 @@ def _waited_ms(device: Device) -> float:
     return device.link_ms + device.late_rate * device.late_ms
 
 
-def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
+def _best_everywhere(cluster: Cluster, work: Work, looks: int = LOOKS) -> Shares:
     """The same with the same counts in every layer."""
     usual = [*usual_shares(cluster, work).values()]
     alone = [best_alone(cluster, work, kind) for kind in KINDS]
@@ -88,7 +89,7 @@ def _best_everywhere(cluster: Cluster, work: Work) -> Shares:
         usual.append(with_cost(cluster, work, *alone))
         if usual[-1].cost.tpot_ms <= token_cost(cluster, work.layers, *alone).tpot_ms:  # nobody waits for a disk
             return min(usual, key=lambda shares: shares.cost.tpot_ms)
-    best = best_in_memory(cluster, work, usual)
+    best = best_in_memory(cluster, work, usual, looks)
     if best is None:
         raise MemoryBudgetError(_why_not(cluster, work))
     return _improved(cluster, work, best)
