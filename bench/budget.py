@@ -145,7 +145,7 @@ def table(content: dict) -> Table:
 
 
 def source_of(cell: dict) -> str:
-    return f"{cell['read_mbps']:g} MB/s, device" if cell["read_mbps"] else cell["cache"]
+    return f"{cell['read_mbps']:g} MB/s, device" if cell.get("read_mbps") else cell["cache"]
 
 
 def name_of(cell: dict) -> str:
