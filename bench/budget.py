@@ -3,8 +3,9 @@
 All heads and groups of the model on one rank, without the vocabulary, on one thread, for weights stored as f32 and as int4 and with
 a part of them staying in memory; the rest is read again at every token. In turns in one run, some tokens one right after the other: with
 all weights in memory (computing), the reading of what does not stay without computing (reading), and both at once, as the program does it.
-Cold: the model's files are taken out of the page cache before, and again after each part that was read. A device: as in the lab, a layer's
-attention or FFN takes at least 0.7 ms, and each record as long as from a disk of so many MB/s.
+Cold: the model's files are taken out of the page cache before, and again after each part that was read; the kernel reads
+nothing ahead by itself. A device: as in the lab, a layer's attention or FFN takes at least 0.7 ms, and each record as long as from a disk
+of so many MB/s.
 """
 
 import time
@@ -19,7 +20,7 @@ import numpy as np
 
 from bench.load import CACHES, prepare, source_options, stored_as
 from bench.modes import Numbers
-from bench.pagecache import drop_records, resident
+from bench.pagecache import drop_records, resident, without_readahead
 from bench.results import Results, run_benchmark, shared_options
 from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
@@ -40,7 +41,7 @@ ROUNDS, TOKENS = 4, 6  # of each kind; the first token of a round is not counted
 
 @contextmanager
 def loading(model: Path, held: float, cold: bool, read_mbps: float | None = None):
-    """A share of everything, of whose weights so much stays, and its loader. `read_mbps`: of the disk, if it is slower than the real one."""
+    """A share of everything, of whose weights so much stays, and its loader. `read_mbps`: of a disk that is slower than the real one."""
 
     def pace(begin: float, size: int) -> None:
         if read_mbps:
@@ -52,6 +53,7 @@ def loading(model: Path, held: float, cold: bool, read_mbps: float | None = None
     layers, parts = share_parts(store, kernel, heads, groups)
     sizes = [shape_bytes(part.shapes) for part in parts]
     if cold:
+        without_readahead(store)
         parts = [replace(part, read=partial(read_and_drop, part.read, store, *divmod(number, 2))) for number, part in enumerate(parts)]
     loader = Loader(parts, reside(sizes, int(held * sum(sizes))))
     loader.load()

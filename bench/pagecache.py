@@ -27,6 +27,12 @@ def drop_records(store: ModelStore, layer: int, names: set[str]) -> None:
                 os.posix_fadvise(opened.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
+def without_readahead(store: ModelStore) -> None:
+    """Of what the kernel guesses; what is expected it fetches."""
+    for file in (store.model, *store.shards.values()):
+        os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def warm(folder: Path) -> None:
     """Read the files, again if need be: where memory is short, the kernel takes back what was read just now."""
     for _ in range(5):

@@ -118,8 +118,6 @@ def test_what_is_expected_comes_into_memory_though_nobody_reads_it(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.01)
     assert resident(tmp_path) < 0.1, "and nothing of the rest with it"
-    file.read("things", 180, 0)
-    assert resident(tmp_path) < 0.1, "nor does the kernel guess what comes next"
 
 
 def test_a_layers_records_are_dropped_alone(tmp_path):

@@ -134,7 +134,11 @@ class Loader:
     def _after(self, part: int) -> int | None:
         """The part that will be read when this one has been, unless somebody skips some."""
         parts = range(len(self._parts))
-        return next((other for other in [*parts[part + 1 :], *parts[:part]] if other not in self._there), None)
+        with self._changed:
+            ahead = [other for other in [*parts[self._at :], *parts[: self._at]] if other != part and other not in self._there]
+            soon, stays = self._soon(), self.residence.stays
+        further = [*(other for other in ahead if stays[other] or other in soon), *ahead]
+        return next(iter(further), None)
 
     def _next(self) -> int | None:
         """The part to read now, once there is one; None if there never will be."""
@@ -147,10 +151,8 @@ class Loader:
 
     def _wanted(self) -> int | None:
         """The first part, from the one that is needed now on, that is not there and has a place; what its slot held gives way."""
-        parts = range(len(self._parts))
-        ahead = [*parts[self._at :], *parts[: self._at]]
-        soon = [part for part in ahead if not self.residence.stays[part]][:SLOTS]
-        for part in ahead:
+        parts, soon = range(len(self._parts)), self._soon()
+        for part in [*parts[self._at :], *parts[: self._at]]:
             if part in self._there:
                 continue
             if self.residence.stays[part]:
@@ -161,6 +163,11 @@ class Loader:
                 self._in_slot[slot] = part
                 return part
         return None
+
+    def _soon(self) -> list[int]:
+        """The first parts, from the one that is needed now on, for which the slots are."""
+        parts = range(len(self._parts))
+        return [part for part in [*parts[self._at :], *parts[: self._at]] if not self.residence.stays[part]][:SLOTS]
 
     def _has_come(self, part: int) -> None:
         if part in self._to_stay:

@@ -56,21 +56,24 @@ def _share_out(table: np.ndarray, units: int, totals: np.ndarray) -> None:
         given += own
 
 
-def in_runs(counts: Sequence[int], order: Iterable[int], each: int) -> list[int]:
+def in_runs(counts: Sequence[int], tiers: Iterable[Sequence[int]], each: int) -> list[int]:
     """Owners of heads that are neighbours: the ranks' runs one after the other, so that few of the `each` with one KV head have two owners.
 
-    A rank with a multiple of `each` begins at such a KV head, if need be after ranks that come later in `order`: it needs no more of
-    them than its memory was reckoned for.
+    A rank with a multiple of `each` begins at such a KV head, if need be after others of its tier: it needs no more of them than its
+    memory was reckoned for.
     """
-    result, waiting = [], []
-    for rank in order:
-        if len(result) % each and counts[rank] % each == 0:
-            waiting.append(rank)
-            continue
-        result += [rank] * counts[rank]
-        if len(result) % each == 0:
-            result += [rank for rank in waiting for _ in range(counts[rank])]
-            waiting = []
+    result: list[int] = []
+    for tier in tiers:
+        waiting: list[int] = []
+        for rank in tier:
+            if len(result) % each and counts[rank] % each == 0:
+                waiting.append(rank)
+                continue
+            result += [rank] * counts[rank]
+            if len(result) % each == 0:
+                result += [other for other in waiting for _ in range(counts[other])]
+                waiting = []
+        result += [other for other in waiting for _ in range(counts[other])]
     return result
 
 

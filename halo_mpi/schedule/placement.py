@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +112,7 @@ def make_plan(config: ModelConfig, placement: str, available: list[dict[str, set
                 f"{placement}: tiers need a calibrated model; run `halo-mpi calibrate` on it, or give heads and groups"
             )
         heads, groups, gathered = (wanted.get(key, usual) for key, usual in (("heads", heads), ("groups", groups), ("gathered", ())))
-    in_rank_order = in_runs(heads, range(ranks), config.heads_per_kv)
+    in_rank_order = in_runs(heads, [range(ranks)], config.heads_per_kv)
     if name == "even" and calibration:  # its groups are sorted: in runs, the last rank would have nothing that matters
         ffn = np.array(_back_and_forth(groups, [list(range(ranks))]))
         query = np.tile(in_rank_order, (config.layers, 1))
@@ -142,7 +141,7 @@ def by_importance(config: ModelConfig, heads: list[int], groups: list[int], tier
     query = np.empty((config.layers, config.heads), int)
     for layer, (row, importance) in enumerate(zip(query, of_heads)):
         turned = [tier[layer % len(tier) :] + tier[: layer % len(tier)] for tier in tiers]  # another one is first in each layer
-        row[order_of_heads(config, importance)] = in_runs(heads, chain(*turned), config.heads_per_kv)
+        row[order_of_heads(config, importance)] = in_runs(heads, turned, config.heads_per_kv)
     return query, np.array(_back_and_forth(groups, tiers))
 
 

@@ -48,9 +48,9 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
     best = _best_everywhere(cluster, work)
     reading, held = reads(cluster, work, best.heads, best.groups), cluster.without_disks()
     starts = [] if reading else [best]
-    for other in [*([held] if reading else []), *_as_if_gathered(held)]:
+    for other, looks in [*([(held, LOOKS)] if reading else []), *((other, FEWER_LOOKS) for other in _as_if_gathered(held))]:
         with suppress(MemoryBudgetError):
-            starts.append(_best_everywhere(other, work, FEWER_LOOKS))
+            starts.append(_best_everywhere(other, work, looks))
     tried = [_gathered(held, work, start.heads, start.groups) for start in starts]
     gathered = min(filter(None, tried), key=lambda shares: shares.cost.tpot_ms, default=best)
     return gathered if gathered.cost.tpot_ms < (1 if reading else 1 - GATHERED) * best.cost.tpot_ms else best

@@ -88,7 +88,7 @@ class Watch:
         if gain > (-LOSS if advice.chosen == "even" and not is_even else GAIN):
             saved = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}"
             return Target(advice, gain, saved if gain > GAIN else "the devices are about alike again")
-        apart = set(gathered) & set(shares.gathered)  # they have layers of their own, with all that matters there
+        apart = set(gathered) & set(shares.gathered)  # they have layers of their own but for one, with all that matters there
         if set(unstable) - apart == set(self._unstable) - apart:
             return None
         named = ", ".join(map(str, unstable))

@@ -16,6 +16,7 @@ from halo_mpi.errors import DamagedFileError, InputError
 from halo_mpi.store.layout import FORMAT, RecordLayout, content_digest
 
 MODEL_FILE = "model.h5"
+ADVISED = 128 * 2**10  # bytes: what Linux fetches for one call is no more than a disk's readahead, of which this is the usual size
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,7 @@ class RecordFile:
                     raise DamagedFileError(f"{path} is damaged: its content does not match its digest; copy or convert it again")
                 self.meta = json.loads(file["meta"][()].tobytes())
                 self.tables = {name: self._open_table(file[name]) for name in file if name != "meta"}
-            self._descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # what comes next is told by `expect`, not guessed
+            self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise InputError(f"{path} does not exist") from error
         except PermissionError as error:
@@ -80,7 +80,7 @@ class RecordFile:
         position = table.positions[entry]
         record = np.empty(table.layout.nbytes, np.uint8)
         try:
-            count = os.preadv(self._descriptor, [record], int(table.offsets[layer, position]))
+            count = os.preadv(self.descriptor, [record], int(table.offsets[layer, position]))
         except OSError as error:
             raise DamagedFileError(
                 f"{self.path}: reading layer {layer}, {name} {entry} failed ({error.strerror}); check the disk"
@@ -94,11 +94,13 @@ class RecordFile:
     def expect(self, name: str, layer: int, entry: int) -> None:
         """Have the kernel fetch what of a record is not in memory; without waiting for it."""
         table = self.tables[name]
-        offset = int(table.offsets[layer, table.positions[entry]])
-        os.posix_fadvise(self._descriptor, offset, table.layout.nbytes, os.POSIX_FADV_WILLNEED)
+        begin = int(table.offsets[layer, table.positions[entry]])
+        end = begin + table.layout.nbytes
+        for offset in range(begin, end, ADVISED):
+            os.posix_fadvise(self.descriptor, offset, min(ADVISED, end - offset), os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
 
 class ModelStore:
