@@ -26,6 +26,7 @@ from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.engine.loader import Loader
+from halo_mpi.engine.marks import sleep_as_disk
 from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.kernels.kernel import Share
 from halo_mpi.model.loading import down_dtype, share_parts
@@ -45,7 +46,7 @@ def loading(model: Path, held: float, cold: bool, read_mbps: float | None = None
 
     def pace(begin: float, size: int) -> None:
         if read_mbps:
-            time.sleep(max(0.0, begin + size / read_mbps / 1e6 - time.perf_counter()))
+            sleep_as_disk(begin, size, read_mbps)
 
     store, config = ModelStore(model, pace), config_of(model)
     heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers

@@ -8,8 +8,9 @@ turns in a few slots: while one is computed with, the next one is read.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from halo_mpi.errors import HaloError
 from halo_mpi.model.kernels.tiles import aligned_bytes
@@ -133,12 +134,10 @@ class Loader:
 
     def _after(self, part: int) -> int | None:
         """The part that will be read when this one has been, unless somebody skips some."""
-        parts = range(len(self._parts))
         with self._changed:
-            ahead = [other for other in [*parts[self._at :], *parts[: self._at]] if other != part and other not in self._there]
-            soon, stays = self._soon(), self.residence.stays
-        further = [*(other for other in ahead if stays[other] or other in soon), *ahead]
-        return next(iter(further), None)
+            there = self._there | {part}
+            later = (other for other in self._ahead() if other not in there)
+            return next(chain(self._with_a_place(there), later), None)
 
     def _next(self) -> int | None:
         """The part to read now, once there is one; None if there never will be."""
@@ -151,23 +150,27 @@ class Loader:
 
     def _wanted(self) -> int | None:
         """The first part, from the one that is needed now on, that is not there and has a place; what its slot held gives way."""
-        parts, soon = range(len(self._parts)), self._soon()
-        for part in [*parts[self._at :], *parts[: self._at]]:
-            if part in self._there:
-                continue
-            if self.residence.stays[part]:
-                return part
-            if part in soon:
-                slot = next(number for number, held in enumerate(self._in_slot) if held not in soon)
-                self._there.discard(self._in_slot[slot])
-                self._in_slot[slot] = part
-                return part
-        return None
+        part = next(self._with_a_place(self._there), None)
+        if part is not None and not self.residence.stays[part]:
+            soon = self._soon()
+            slot = next(number for number, held in enumerate(self._in_slot) if held not in soon)
+            self._there.discard(self._in_slot[slot])
+            self._in_slot[slot] = part
+        return part
+
+    def _with_a_place(self, there: set[int]) -> Iterator[int]:
+        """Parts that are not there and may be read now, in their turn."""
+        soon = self._soon()
+        return (part for part in self._ahead() if part not in there and (self.residence.stays[part] or part in soon))
 
     def _soon(self) -> list[int]:
-        """The first parts, from the one that is needed now on, for which the slots are."""
+        """The next parts that do not stay, for which the slots are."""
+        return [part for part in self._ahead() if not self.residence.stays[part]][:SLOTS]
+
+    def _ahead(self) -> list[int]:
+        """All parts in their turn, from the one that is needed now on."""
         parts = range(len(self._parts))
-        return [part for part in [*parts[self._at :], *parts[: self._at]] if not self.residence.stays[part]][:SLOTS]
+        return [*parts[self._at :], *parts[: self._at]]
 
     def _has_come(self, part: int) -> None:
         if part in self._to_stay:

@@ -71,10 +71,10 @@ class Marks:
             time.sleep(wanted_s - computed_s)
 
     def pace_reading(self, begin: float, size: int) -> None:
-        """Sleep until `size` bytes, whose reading began at `begin` (perf_counter), have taken as long as from the disk that the lab plays."""
+        """Sleep as for the disk that the lab plays."""
         pace = self.current_pace()
         if pace and pace.get("read_mbps"):
-            time.sleep(max(0.0, begin + size / pace["read_mbps"] / 1e6 - time.perf_counter()))
+            sleep_as_disk(begin, size, pace["read_mbps"])
 
     def current_pace(self) -> dict | None:
         """The pace that the lab sets for this rank, None without a lab."""
@@ -105,3 +105,8 @@ class Marks:
         deadline = time.perf_counter() + PATIENCE_S
         while answer and not (self._folder / answer).exists() and time.perf_counter() < deadline:
             time.sleep(0.001)
+
+
+def sleep_as_disk(begin: float, size: int, mbps: float) -> None:
+    """Sleep until `size` bytes, whose reading began at `begin` (perf_counter), have taken as long as from a disk of so many MB/s."""
+    time.sleep(max(0.0, begin + size / mbps / 1e6 - time.perf_counter()))

@@ -34,11 +34,15 @@ def read_gbps(store: ModelStore, kernel: Kernel, rank: int, ranks: int) -> float
         ((first_layer + step * far) % config.layers, runs[(first_run + step + turn) % len(runs)])
         for turn, step in product(range(len(runs)), range(config.layers))
     ]
-    weights, expected, begin = 0, None, time.perf_counter()
-    for place, following in zip(places, [*places[1:], None]):
-        for layer, run in filter(None, (place if place is not expected else None, following)):
-            store.expect(layer, [(table, entry) for entry in run])
-        (layer, run), expected = place, following
+
+    def expect(layer: int, run: list[int]) -> None:
+        store.expect(layer, [(table, entry) for entry in run])
+
+    weights, begin = 0, time.perf_counter()
+    expect(*places[0])
+    for (layer, run), following in zip(places, [*places[1:], None]):
+        if following:
+            expect(*following)
         for entry in run:
             record = store.read(table, layer, entry)
             for name, shape in matrices.items():

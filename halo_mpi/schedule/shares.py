@@ -23,8 +23,8 @@ from halo_mpi.wire.messages import Kind
 NEIGHBOURS = 16  # devices that are tried in a move
 GATHERED = 0.05  # of a token's time that gathering must save where nobody reads from disk
 STANDS_OUT = 2.0  # times as long a wait for a link as for the next best
-FEWER_LOOKS = LOOKS // 6  # so that all together find shares of 16 devices in a second
 MOST_SETS = 2  # of links that stand out that are tried
+FEWER_LOOKS = LOOKS // 6  # so that all together find shares of 16 devices in a second
 
 
 def usual_shares(cluster: Cluster, work: Work) -> dict[str, Shares]:
@@ -48,7 +48,8 @@ def best_shares(cluster: Cluster, work: Work) -> Shares:
     best = _best_everywhere(cluster, work)
     reading, held = reads(cluster, work, best.heads, best.groups), cluster.without_disks()
     starts = [] if reading else [best]
-    for other, looks in [*([(held, LOOKS)] if reading else []), *((other, FEWER_LOOKS) for other in _as_if_gathered(held))]:
+    others = [(held, LOOKS)] if reading else []
+    for other, looks in [*others, *((other, FEWER_LOOKS) for other in _as_if_gathered(held))]:
         with suppress(MemoryBudgetError):
             starts.append(_best_everywhere(other, work, looks))
     tried = [_gathered(held, work, start.heads, start.groups) for start in starts]
