@@ -1,13 +1,16 @@
 """The cost model, the shares that it leads to, and `plan`."""
 
 import json
+import time
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.solver import drawn
 from halo_mpi.errors import MemoryBudgetError
 from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.shapes import SHAPES
@@ -17,7 +20,8 @@ from halo_mpi.schedule.cost import Cluster, Device, Reads, sync_cost, token_cost
 from halo_mpi.schedule.placement import make_plan
 from halo_mpi.schedule.reading import reading_of
 from halo_mpi.schedule.residence import reside
-from halo_mpi.schedule.shares import Work, best_shares, fits, with_cost
+from halo_mpi.schedule.search import tables
+from halo_mpi.schedule.shares import Work, best_shares, fits, usual_shares, with_cost
 from halo_mpi.wire.messages import Kind
 from tests.lab import SCENARIOS
 from tests.lab import run as run_lab
@@ -62,6 +66,38 @@ def test_no_other_shares_are_much_faster(devices, memory, read_gbps, heads, grou
         return
     assert best is not None and fits(cluster, work, (found.heads, found.groups))
     assert found.cost.tpot_ms <= 1.001 * best
+
+
+@settings(deadline=None)
+@given(
+    device=small_devices,
+    memory=st.none() | st.floats(0.1, 1.2),
+    read_gbps=st.none() | st.floats(1e-5, 1e-2),
+    heads=st.sampled_from([2, 3, 8]),
+    groups=st.integers(1, 12),
+    is_root=st.booleans(),
+)
+def test_more_of_anything_never_makes_a_share_shorter(device, memory, read_gbps, heads, groups, is_root):
+    """By this the search counts how many groups a device may have."""
+    work = Work(2, heads, groups, 2 if heads % 2 == 0 else 1, 10, 7, 20, 15, 100, 3, 12, 6, 2)
+    whole = work.bytes_of(heads, groups) + work.root_bytes
+    device = replace(device, memory=memory and int(memory * whole), read_gbps=read_gbps)
+    for table in tables(work, device, is_root)[:2]:
+        table = np.where(np.isfinite(table), np.round(table, 9), np.inf)
+        assert (table[:, 1:] >= table[:, :-1]).all()
+
+
+@pytest.mark.parametrize("disks", (False, True))
+def test_shares_of_sixteen_devices_are_found_soon(disks):
+    """In less than a second where nothing else runs: `bench.solver`."""
+    sizes = Sizes(SHAPES["llama-2-13b"])
+    work = Work.of(sizes, 512)
+    cluster = drawn(np.random.default_rng(7), sizes, work, 16, disks)
+    begin = time.process_time()
+    shares = advise(cluster, work, True).options["measured"]
+    assert time.process_time() - begin < 1.2
+    assert sum(shares.groups) == work.groups and all(shares.cost.tpot_ms <= other.cost.tpot_ms for other in
+                                                     usual_shares(cluster, work).values())  # fmt: skip
 
 
 def test_shares_are_in_proportion_to_speed():

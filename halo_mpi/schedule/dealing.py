@@ -47,11 +47,11 @@ def _share_out(table: np.ndarray, units: int, totals: np.ndarray) -> None:
         free = units - int(row.sum())
         done += free
         due = totals * done / every - given
-        own = np.clip(np.floor(due + 1e-9).astype(int), 0, totals - given)
+        own = np.minimum(np.maximum(np.floor(due + 1e-9).astype(int), 0), totals - given)
         while (more := free - int(own.sum())) != 0:
-            can = own < totals - given if more > 0 else own > 0
-            away = np.where(can, (due - own) * np.sign(more), -np.inf)
-            own[int(away.argmax())] += np.sign(more)
+            step = np.sign(more)
+            can = np.flatnonzero(own < totals - given if more > 0 else own > 0)
+            own[can[((own - due)[can] * step).argsort(kind="stable")[: abs(more)]]] += step
         row += own
         given += own
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from halo_mpi.schedule.candidates import Counts, Shares, on_disk, with_cost
 from halo_mpi.schedule.cost import KINDS, Cluster, Device, beside_ms
@@ -33,11 +34,14 @@ def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares], looks
     search = _Search(cluster, work, starts, looks)
     if search.best or search.find_any():
         pairs = [(first, second) for first in search.crews for second in search.crews]
-        if len(cluster.devices) - 1 > EVERY_CREW:
-            for pair in pairs:
-                search.try_in_turn(*pair)
         bounds = np.add.outer(*([sum(search.least_ms(kind, crew)) for crew in search.crews] for kind in (0, 1))).ravel()
-        for pair in np.argsort(bounds, kind="stable"):
+        promising = np.argsort(bounds, kind="stable")
+        if len(cluster.devices) - 1 > EVERY_CREW:
+            for pair in promising:
+                if bounds[pair] >= search.best_ms:
+                    break
+                search.try_in_turn(*pairs[pair])
+        for pair in promising:
             if bounds[pair] >= search.best_ms or search.looks > looks:
                 break
             search.try_crews(*pairs[pair])
@@ -61,14 +65,14 @@ class _Search:
         keys = [(device, rank == 0) for rank, device in enumerate(cluster.devices)]
         alike = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         self._which = np.array([alike[key] for key in keys])
-        *self._ms, read_bytes = [np.stack(tables) for tables in zip(*(_tables(work, *key) for key in alike))]
+        *self._ms, read_bytes = [np.stack(own) for own in zip(*(tables(work, *key) for key in alike))]
         self._possible = np.isfinite(self._ms[0])  # [kinds of devices, heads + 1, groups + 1], as all these tables
         self._held = self._possible & (read_bytes == 0)
         self._levels = [np.unique(table[np.isfinite(table)]) for table in self._ms]
         self._least_ms: dict[tuple, tuple[float, float]] = {}
-        so_far = np.arange(work.heads + 1)
-        self._before = so_far[:, None] - so_far  # [heads so far, heads of the next device]: heads of those before
-        self._before[self._before < 0] = work.heads + 1  # where there is nothing
+        self._most_groups: dict[tuple[int, float], np.ndarray] = {}
+        by_bytes = (work.head_bytes + work.kv_bytes / work.heads_per_kv) / max(1, work.group_bytes)
+        self._weights = np.array([0, round(by_bytes), work.groups + 1])
 
     def find_any(self) -> bool:
         """Whether there are shares that the devices can hold; if there are, they are the best so far."""
@@ -171,31 +175,56 @@ class _Search:
     def _counts(self, attention_ms: float, ffn_ms: float, attention: Sequence[int], ffn: Sequence[int]) -> Counts | None:
         """Heads and groups by rank so that no share is longer; None if there are none."""
         work, ranks = self._work, [rank for rank in range(len(self._which)) if rank in attention or rank in ffn]
+        most = np.minimum(self._most(0, attention_ms), self._most(1, ffn_ms))[self._which[ranks]]  # [ranks, heads + 1]: groups
+        rooms = np.where(most < 0, NONE, most)
+        for row, rank in enumerate(ranks):
+            if rank not in ffn:
+                np.minimum(rooms[row], 0, out=rooms[row])
+            elif rank not in attention:
+                rooms[row, 1:] = NONE
+        self.looks += 1
+        if (self._weighed(rooms).sum(0) < work.groups + self._weights * work.heads).any():
+            return None
         self.looks += len(ranks)
-        kinds, of_rank = np.unique(self._which[ranks], return_inverse=True)
-        may = (self._ms[0][kinds] <= attention_ms) & (self._ms[1][kinds] <= ffn_ms)
-        most = may.sum(2) - 1  # [kinds of devices, heads + 1]: groups beside so many heads
-        most[most < 0] = NONE
-        only_heads = np.minimum(most, 0)
-        only_groups = np.where(np.arange(work.heads + 1) == 0, most, NONE)
-        rooms, sums = [], [np.where(np.arange(work.heads + 2) == 0, 0, NONE)]  # [heads so far]: groups so far
-        for rank, kind in zip(ranks, of_rank):
-            rooms.append((only_heads if rank not in ffn else only_groups if rank not in attention else most)[kind])
-            sums.append(np.append((sums[-1][self._before] + rooms[-1]).max(1), NONE))
-        if sums[-1][work.heads] < work.groups:
+        sums = np.full((len(ranks) + 1, 2 * work.heads + 1), NONE)  # groups of the ranks before, by their heads less `work.heads`
+        sums[0, work.heads] = 0
+        before = _windows(sums, work.heads)
+        for row, room in enumerate(rooms):
+            sums[row + 1, work.heads :] = (before[row] + room).max(1)
+        if sums[-1, -1] < work.groups:
             return None
         heads, groups, left = [0] * len(self._which), [0] * len(self._which), work.heads
-        for rank, room, before in zip(ranks[::-1], rooms[::-1], sums[-2::-1]):
-            own = int((before[self._before[left]] + room)[: left + 1].argmax())
-            heads[rank], groups[rank], left = own, int(room[own]), left - own
+        for row, rank in reversed([*enumerate(ranks)]):
+            own = int((before[row, left] + rooms[row]).argmax())
+            heads[rank], groups[rank], left = own, int(rooms[row, own]), left - own
         over = sum(groups) - work.groups
         for rank in ranks[::-1]:
             less = min(over, groups[rank])
             groups[rank], over = groups[rank] - less, over - less
         return heads, groups
 
+    def _most(self, kind: int, level: float) -> np.ndarray:
+        """Groups beside each number of heads so that a share of one kind is no longer, int [kinds of devices, heads + 1]; -1: none.
 
-def _tables(work: Work, device: Device, is_root: bool) -> list[np.ndarray]:
+        More groups never make a share shorter.
+        """
+        if (kind, level) not in self._most_groups:
+            self._most_groups[kind, level] = (self._ms[kind] <= level).sum(2) - 1
+        return self._most_groups[kind, level]
+
+    def _weighed(self, rooms: np.ndarray) -> np.ndarray:
+        """The most that each rank gives if a head counts as so many groups, [ranks, weights]: more cannot be dealt out, whatever the
+        weight."""
+        return (rooms[:, None] + self._weights[:, None] * np.arange(rooms.shape[1])).max(2)
+
+
+def _windows(sums: np.ndarray, heads: int) -> np.ndarray:
+    """Of rows [2 heads + 1] for -heads to heads, a view [rows, heads so far, heads of the next rank]: what is there for the difference."""
+    row, step = sums.strides
+    return as_strided(sums[:, heads:], (len(sums), heads + 1, heads + 1), (row, step, -step), writeable=False)
+
+
+def tables(work: Work, device: Device, is_root: bool) -> list[np.ndarray]:
     """What a share of each kind takes, ms, of a device with so many heads and groups [heads + 1, groups + 1]; inf where it cannot.
 
     And how many bytes it reads.
@@ -206,9 +235,9 @@ def _tables(work: Work, device: Device, is_root: bool) -> list[np.ndarray]:
     cannot = (heads > on_disk(device, work, KINDS[0])) | (groups > on_disk(device, work, KINDS[1]))
     if device.memory is not None:
         cannot = cannot | (read.held_bytes > device.memory)
-    tables, link_ms = [], 0.0 if is_root else device.link_ms
+    found, link_ms = [], 0.0 if is_root else device.link_ms
     for kind, own, read_ms in zip(KINDS, (heads, groups), (read.attention_ms, read.ffn_ms)):
         compute_ms = device.fixed_ms + own / work.count(kind) * device.whole_ms(kind)
         ms = np.where(own > 0, link_ms + np.maximum(compute_ms, read_ms), 0.0)
-        tables.append(np.where(cannot, np.inf, ms))
-    return [*tables, np.broadcast_to(read.read_bytes, cannot.shape)]
+        found.append(np.where(cannot, np.inf, ms))
+    return [*found, np.broadcast_to(read.read_bytes, cannot.shape)]
