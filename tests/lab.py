@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -134,8 +135,8 @@ def lab_owned_by(process: subprocess.Popen) -> str:
 
 def machine_state() -> list[str]:
     """What a lab must leave as it was; other labs may run meanwhile."""
-    commands = ("ip -o link", "tc qdisc", "nft list ruleset", "hostname")
-    return [subprocess.run(command.split(), capture_output=True, text=True).stdout for command in commands]
+    commands = (command.split() for command in ("ip -o link", "tc qdisc", "nft list ruleset", "hostname"))
+    return [subprocess.run(words, capture_output=True, text=True).stdout for words in commands if shutil.which(words[0])]
 
 
 def shared_files(names: str) -> set[str]:
