@@ -6,6 +6,7 @@ from itertools import cycle
 import pytest
 
 from halo_mpi.engine.link_trial import ALONE_S, BUSY, BUSY_S, LONG_S, TOGETHER_S, LinkTrial
+from halo_mpi.schedule.advice import LATE_RATE
 from halo_mpi.wire.messages import Echo, Kind, Message
 from halo_mpi.wire.root_link import RootLink
 from tests.simulator import Clock
@@ -40,9 +41,21 @@ class Echoing:
                 yield rank, line.popleft()[1]
 
 
-def trial_of(*delays: list[float]) -> tuple[LinkTrial, float]:
+class BusyClock(Clock):
+    """Of a root that now and then does not get its core back for 8 ms."""
+
+    def __init__(self):
+        super().__init__()
+        self._turns = cycle([8e-3 * (turn == 36) for turn in range(37)])
+
+    def wait(self) -> None:
+        self.time_s += next(self._turns)
+        super().wait()
+
+
+def trial_of(*delays: list[float], clock: Clock | None = None) -> tuple[LinkTrial, float]:
     """The trial of workers 1, 2 ..., and how many seconds it took."""
-    clock = Clock()
+    clock = clock or Clock()
     by_rank = dict(enumerate(delays, 1))
     link = RootLink(Echoing(clock, by_rank), [*by_rank], 1e-3, waiter=clock)
     begin = clock.now()
@@ -66,6 +79,18 @@ def test_a_lossy_link_is_seen_and_does_not_change_what_is_told_of_the_others():
     assert lossy["link_ms"] < 2.0 and lossy["kb_ms"] is None, "what it takes if nothing is lost; nothing long is sent over it"
     assert trial.further_ms == pytest.approx(alone.further_ms, abs=0.3) and trial.kb_ms == pytest.approx(alone.kb_ms, abs=0.1)
     assert took_s < 1.5
+
+
+def test_what_came_while_the_root_itself_was_away_is_not_late():
+    trial, _ = trial_of(GOOD, [2e-3], clock=BusyClock())
+    assert not any(own["late_rate"] for own in trial.links.values())
+    assert [trial.links[rank]["link_ms"] for rank in (1, 2)] == pytest.approx([1.0, 2.0], abs=0.5)
+
+
+def test_a_moment_in_which_a_machine_stood_still_makes_no_link_unstable():
+    stood_still = [8e-3 if number in (12, 17, 22, 27) else 1e-3 for number in range(160)]
+    trial, _ = trial_of(GOOD, stood_still)
+    assert trial.stable == [1, 2] and 0 < trial.links[2]["late_rate"] < LATE_RATE
 
 
 def test_it_ends_soon_where_all_links_are_lossy():

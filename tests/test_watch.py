@@ -92,6 +92,20 @@ def test_late_answers_are_counted():
     assert devices[3].link_ms == 0.2
 
 
+def test_what_may_have_come_while_the_root_was_away_is_not_late():
+    tokens = Tokens()
+    tokens.pass_by()
+    for unseen_ms in (9.0, 0.1):
+        for _ in range(30):
+            tokens.telemetry.answered(3, 9.2, True, unseen_ms)
+        tokens.telemetry.computed(3, Kind.FFN, 0.25, 1.5)
+        tokens.end()
+        assert (tokens.telemetry.cluster().devices[3].late_rate > 0) == (unseen_ms < 1)
+    tokens.telemetry.probed(3, 1 / 12, 0.5, 9.0, 8.9)
+    tokens.end()
+    assert tokens.telemetry.cluster().devices[3].late_rate == pytest.approx(30 / 221)
+
+
 def test_a_link_that_became_slow_is_known_where_the_root_waited_for_it():
     tokens = Tokens()
     assert tokens.pass_by(over_ms=1.5, waited_for=False)[1].link_ms == 0.2, "the answers came while the root computed"

@@ -16,6 +16,7 @@ from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.root_link import RootLink
 
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
+MORE_TOGETHER = 4 * TOGETHER  # if somebody seems unstable: short rounds are over in a moment in which a busy machine stood still thrice
 LEAST_BUSY = 3  # of the last, however long they take
 ALONE_S, TOGETHER_S, LONG_S, BUSY_S = 0.1, 0.6, 0.2, 0.5  # no more are begun after so long: of one worker, of all of them
 LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
@@ -76,9 +77,12 @@ class LinkTrial:
         rounds, until = [], self._link.waiter.now() + TOGETHER_S
         for times in self._times_ms.values():
             times.clear()
-        while self._link.waiter.now() < until and min(map(len, self._times_ms.values())) < TOGETHER:
-            least_ms = max(min(alone[rank] + own, default=0.0) for rank, own in self._times_ms.items())
-            rounds.append(self._round(self._link.workers, LATE * least_ms + LATE_MS))
+        for number in (TOGETHER, MORE_TOGETHER):
+            while self._link.waiter.now() < until and min(map(len, self._times_ms.values())) < number:
+                least_ms = max(min(alone[rank] + own, default=0.0) for rank, own in self._times_ms.items())
+                rounds.append(self._round(self._link.workers, LATE * least_ms + LATE_MS))
+            if not any(self._judged(alone[rank], own)["late_rate"] >= LATE_RATE for rank, own in self._times_ms.items()):
+                break
         return rounds
 
     def _round(self, workers: list[int], patience_ms: float) -> dict[int, float]:

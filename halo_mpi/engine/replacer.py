@@ -50,7 +50,7 @@ class Replacer:
     def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool) -> None:
         """A worker's partial sum came; `waited_for`: else it may have come before, while the root computed."""
         self.computed(answer.rank, kind, layer, answer.took_s, len(answer.y))
-        self._telemetry.answered(answer.rank, (answer.latency_s - answer.took_s) * 1e3, waited_for)
+        self._telemetry.answered(answer.rank, (answer.latency_s - answer.took_s) * 1e3, waited_for, answer.unseen_s * 1e3)
 
     def last_seen(self) -> list[dict]:
         """The devices as they are now, for the report."""
@@ -119,8 +119,8 @@ class Replacer:
         idle = [rank for rank in able if rank not in self._plan.query and rank not in self._plan.ffn]
         for rank in idle:
             if probe := self._link.peers[rank].probe:
-                over_s = probe.latency_s - probe.took_s
-                self._telemetry.probed(rank, 1 / self._config.groups, probe.took_s * 1e3, over_s * 1e3)
+                over_ms, unseen_ms = (probe.latency_s - probe.took_s) * 1e3, probe.unseen_s * 1e3
+                self._telemetry.probed(rank, 1 / self._config.groups, probe.took_s * 1e3, over_ms, unseen_ms)
                 self._link.peers[rank].probe = None
         if now - self._probed_at > PROBE_S:
             self._probed_at = now

@@ -54,23 +54,23 @@ class Telemetry:
         token.took_ms[kind] += ms - min(max(0.0, ms - usual_ms), FORGIVEN_MS)
         token.usual_ms[kind] += usual_ms
 
-    def answered(self, rank: int, over_ms: float, waited_for: bool) -> None:
-        """A worker's answer took so long beside computing; or less, unless the root waited for it."""
+    def answered(self, rank: int, over_ms: float, waited_for: bool, unseen_ms: float = 0.0) -> None:
+        """A worker's answer took so long beside computing; or less, unless the root waited for it. It may have come `unseen_ms` before."""
         token, link_ms = self._now[rank], self._first.devices[rank].link_ms
         token.answers += 1
         token.most_ms = min(token.most_ms, over_ms)
         if waited_for:
             token.waited_ms = min(token.waited_ms, over_ms)
-            if over_ms > LATE * link_ms + LATE_MS:
+            if over_ms - unseen_ms > LATE * link_ms + LATE_MS:
                 token.late += 1
                 token.late_ms += over_ms - link_ms
 
-    def probed(self, rank: int, part: float, ms: float, over_ms: float) -> None:
+    def probed(self, rank: int, part: float, ms: float, over_ms: float, unseen_ms: float = 0.0) -> None:
         """The same of a worker that has nothing to do, and is slow to wake up: its link is at least as good as this shows."""
         self.computed(rank, Kind.FFN, part, ms)
         token = self._now[rank]
         token.answers, token.most_ms = 1, over_ms
-        if over_ms > PROBE_LATE_MS:
+        if over_ms - unseen_ms > PROBE_LATE_MS:
             token.late, token.late_ms = 1, over_ms
 
     def end_token(self, now: float) -> None:

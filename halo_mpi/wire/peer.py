@@ -9,13 +9,17 @@ from halo_mpi.wire.deadline import Deadline
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A worker's partial sum y, f32 [rows, width]; the seconds that it computed, and since it was asked."""
+    """A worker's partial sum y, f32 [rows, width]; the seconds that it computed, and since it was asked.
+
+    `unseen_s`: of these, those before it was found in which the root did not look: it may have come so much earlier.
+    """
 
     rank: int
     seq: int
     y: np.ndarray
     took_s: float
     latency_s: float
+    unseen_s: float
 
 
 @dataclass(slots=True)

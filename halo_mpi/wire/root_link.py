@@ -19,6 +19,7 @@ KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
 TOUCH_S = 30.0  # between two messages that only tell that the root is there
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
+AWAY_S = 1e-3  # between two looks: something else had the core
 LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
 FEW_ROWS = 16  # whose answer takes about as long as that to one
@@ -39,6 +40,7 @@ class RootLink:
         self.peers = {rank: Peer(rank, Deadline(deadline_s)) for rank in workers}
         self.failures: dict[int, str] = {}  # workers that say, or show, that they cannot do their part, and why
         self.seq, self._touched_at = 0, 0.0
+        self._looked_at = self.waiter.now()
         self._sums: deque[Answer] = deque()  # came while only scores were looked for
         self._scores: list[Answer] = []
         for rank in workers:
@@ -90,14 +92,14 @@ class RootLink:
     ) -> dict[int, float]:
         """Wait for what these workers are to send back, but not longer than `within_s`: after how many seconds each answer was there.
 
-        All that comes is told, others' too, and taken out of `awaited`. Raises MissingError if somebody has ended, or is silent for long.
+        What came while the root was away counts from when it had looked last. All that comes is told, others' too, and taken out of `awaited`. Raises MissingError if somebody has ended, or is silent for long.
         """
         begin, came, patience = self.waiter.now(), {}, Patience(SILENT_S, self.waiter)
         while awaited.keys() & workers and self.waiter.now() - begin < within_s:
             for answer in self.poll():
                 seq, asked_at = awaited.get(answer.rank, (None, 0.0))
                 if answer.seq == seq:
-                    came[answer.rank] = self.waiter.now() - asked_at
+                    came[answer.rank] = self.waiter.now() - asked_at - (answer.unseen_s if answer.unseen_s > AWAY_S else 0.0)
                     del awaited[answer.rank]
             if self.waiter.now() - begin > ECHO_PATIENCE_S:
                 for rank in awaited:
@@ -153,6 +155,7 @@ class RootLink:
         return scores
 
     def _arrived(self) -> Iterator[Answer]:
+        looked_at, self._looked_at = self._looked_at, self.waiter.now()
         for rank, message in self._mailbox.poll():
             peer, header = self.peers[rank], message.header
             kind, seq = int(header["kind"]), int(header["seq"])
@@ -172,7 +175,8 @@ class RootLink:
             elif kind == Kind.FAILURE:
                 self.failures.setdefault(rank, rows_text(message.read()))
             elif kind == Kind.PROBE:
-                peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, now - peer.probed_at)
+                peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, now - peer.probed_at,
+                                    now - max(peer.probed_at, looked_at))  # fmt: skip
                 peer.probed_at = None
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:
@@ -191,7 +195,7 @@ class RootLink:
                 self._forget(peer)
                 took_s = int(header["lag"]) * TOOK_S if header["lag"] < LONGEST_TOOK else now - asked
                 peer.took_s[kind] = took_s / max(1, len(y))
-                answer = Answer(rank, seq, y, took_s, now - asked)
+                answer = Answer(rank, seq, y, took_s, now - asked, now - max(asked, looked_at))
                 if kind != Kind.HEAD:
                     yield answer
                 else:
