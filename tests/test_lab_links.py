@@ -1,6 +1,7 @@
 """What the laboratory's network does to packets."""
 
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -47,6 +48,16 @@ def test_losses_are_as_many_as_the_scenario_says_and_as_the_counters_tell(can, b
         lane = counted["pi2", direction]
         assert (lane.judged, lane.dropped) == (number, number - received)
     assert counted["pi1", "up"].judged == counted["pi1", "down"].judged == 0, "each packet is judged once"
+
+
+def test_packets_wait_while_the_relay_has_no_core(can):
+    can("relay")
+    number = 3000
+    with lossy_lab("relay", Host(), Host()) as lab:
+        relay = lab.links.process
+        relay.send_signal(signal.SIGSTOP)
+        threading.Timer(0.2, relay.send_signal, [signal.SIGCONT]).start()
+        assert len(numbers_received(lab, number)) == number
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
