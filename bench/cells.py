@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.lab.launch import find_mpirun, require_open_mpi_5
 from bench.lab.system import require_root_and_tools
 from bench.results import ROOT
+from halo_mpi.engine.marks import LAB_DIR
 
 LAB_S = 60.0  # to bring a lab up and take it down, at most
 END_S = 20.0  # for a lab to take itself down when told to
@@ -46,17 +47,28 @@ def run_in_lab(scenario: dict, program: list, timeout_s: float, seed: int = 0) -
         return outcome(command, folder, timeout_s + LAB_S)
 
 
-def run_locally(ranks: int, program: list, timeout_s: float, tree: Path = ROOT, ticks: Path | None = None) -> dict:
+def run_locally(ranks: int, program: list, timeout_s: float, tree: Path = ROOT, ticks: Path | None = None,
+                device: dict | None = None) -> dict:  # fmt: skip
     """Run `mpirun -n RANKS python -m PROGRAM --json F` on this machine, from the checkout `tree`.
 
-    `ticks`: the file for what bench.ticks counts meanwhile.
+    `ticks`: the file for what bench.ticks counts meanwhile; `device`: what each rank plays, as a pace file of halo_mpi/engine/marks.py.
     """
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
     with tempfile.TemporaryDirectory(prefix="halo-bench-") as name:
         folder = Path(name)
         start = [ROOT / "bench" / "ticks.py", ticks] if ticks else ["-m"]
-        command = [find_mpirun(), *options, "-n", ranks, sys.executable, *start, *program, "--json", folder / "report.json"]
+        command = [find_mpirun(), *options, *(as_devices(folder, ranks, device) if device else ()), "-n", ranks]
+        command += [sys.executable, *start, *program, "--json", folder / "report.json"]
         return outcome(command, folder, timeout_s, tree)
+
+
+def as_devices(folder: Path, ranks: int, device: dict) -> list:
+    """mpirun's options for ranks that play such devices, and the files by which they know it."""
+    for answer in ("set", "go", "calm"):
+        (folder / answer).touch()
+    for rank in range(ranks):
+        (folder / f"pace-{rank}.json").write_text(json.dumps(device))
+    return ["-x", f"{LAB_DIR}={folder}"]
 
 
 def outcome(command: list, folder: Path, timeout_s: float, tree: Path = ROOT) -> dict:

@@ -18,19 +18,20 @@ from halo_mpi.engine.options import run_options  # noqa: E402
 from halo_mpi.engine.session import Session  # noqa: E402
 
 ENDS_S["import"] = time.time()
-PROMPT = "Once upon a time"
-CONTEXT = 64
+PROMPT = "Once upon a time"  # again and again
+BESIDE = 60  # tokens that the context has beside the prompt
 
 
 @click.command()
+@click.option("--prompt-tokens", type=click.IntRange(1), default=4, show_default=True)
 @run_options
 @click.pass_obj
-def first_token(comm, run) -> None:
+def first_token(comm, run, prompt_tokens) -> None:
     """Start, compute one token, and say when what was done."""
     session = Session(comm, run)
-    prompt = session.on_root(lambda: session.tokenizer.encode(PROMPT))
+    prompt = session.on_root(lambda: session.tokenizer.encode(" ".join([PROMPT] * prompt_tokens))[:prompt_tokens])
     ENDS_S["open"] = time.time()
-    session.load(CONTEXT)
+    session.load(BESIDE + prompt_tokens)
     ENDS_S["load"] = time.time()
     if not session.is_root:
         session.serve()

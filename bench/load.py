@@ -1,15 +1,17 @@
 """How long a start takes, phase by phase, and how fast groups are read: python -m bench.load [--json FILE] [--plot FILE.png]
 
 From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
-the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root); loading goes on
-while the prompt is computed (meanwhile, as the program does it) or comes first. Then the ffn records are read as a rank would: each a chunk of an
-HDF5 file, its checksum checked; one by one, and (together, as the program does it) with all of a layer asked of the kernel before.
+the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root), and on ranks that play
+devices (`--pace-ms`) with disks of their own (`--read-mbps`); loading goes on while the prompt is computed (meanwhile, as the program does
+it) or comes first. Then the ffn records are read as a rank would: each a chunk of an HDF5 file, its checksum checked; one by one, and
+(together, as the program does it) with all of a layer asked of the kernel before.
 """
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import click
@@ -24,6 +26,7 @@ from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.convert import write_model
+from halo_mpi.engine.replacer import ROW
 from halo_mpi.sources import open_source
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore
@@ -64,9 +67,17 @@ def prepare(model: Path, cache: str) -> float:
     return round(resident(model), 4)
 
 
+def device_of(cell: dict) -> dict | None:
+    """What ranks play, as halo_mpi/engine/marks.py reads it."""
+    if not cell["read_mbps"]:
+        return None
+    return {"pace_ms": cell["pace_ms"], "slowdown": 1.0, "row_share": ROW, "read_mbps": cell["read_mbps"]}
+
+
 def run_start(cell: dict, model: Path) -> dict:
     share = prepare(model, cell["cache"])
-    run = run_locally(cell["ranks"], ["bench.first_token", *EVEN, *LOADING[cell["loading"]], "--model", model], TIMEOUT_S)
+    program = ["bench.first_token", "--prompt-tokens", cell["prompt"], *EVEN, *LOADING[cell["loading"]], "--model", model]
+    run = run_locally(cell["ranks"], program, TIMEOUT_S, device=device_of(cell))
     run["resident"] = share
     if run["status"] == "ok":
         ends = [run["began"], *(run["report"]["ends_s"][phase] for phase in PHASES)]
@@ -110,8 +121,13 @@ def starts(content: dict) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["what"] == "start":
-            found.setdefault((run["dtype"], run["cache"], run["ranks"], run["loading"]), []).append(run)
+            found.setdefault((run["dtype"], disk_of(run), run["prompt"], run["ranks"], run["loading"]), []).append(run)
     return found
+
+
+def disk_of(cell: dict) -> str:
+    """Where weights come from."""
+    return f"{cell['read_mbps']:g} MB/s, device" if cell.get("read_mbps") else cell["cache"]
 
 
 def medians(runs: list[dict]) -> dict[str, float]:
@@ -124,14 +140,14 @@ def medians(runs: list[dict]) -> dict[str, float]:
 
 
 def table(content: dict) -> Table:
-    columns = ["dtype", "cache", "loading", "ranks", "runs", *(f"{phase} s" for phase in PHASES), "all s", "least .. most"]
+    columns = ["dtype", "disk", "loading", "prompt", "ranks", "runs", *(f"{phase} s" for phase in PHASES), "all s", "least .. most"]
     drawn = Table("From mpirun to the first token, medians of the phases (rank 0)", columns, texts=3)
-    for (dtype, cache, ranks, loading), runs in starts(content).items():
+    for (dtype, disk, prompt, ranks, loading), runs in starts(content).items():
         typical = medians(runs)
         totals = [sum(run["phases_s"].values()) for run in runs if run["status"] == "ok"]
         spread = f"{min(totals):.2f} .. {max(totals):.2f}" if totals else "-"
         times = [number(typical.get(phase), 2) for phase in (*PHASES, "all")]
-        drawn.rows.append([dtype, cache, loading, str(ranks), str(len(runs)), *times, spread])
+        drawn.rows.append([dtype, disk, loading, str(prompt), str(ranks), str(len(runs)), *times, spread])
     drawn.notes.append(
         "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: plan, read and decode the "
         "vocabulary and, with loading first, the share, which else is read until the first token"
@@ -154,20 +170,21 @@ def plot(content: dict, path: Path) -> None:
     if not found:
         return
     with figure(path, 1, 7.0) as (panel,):
-        names = [f"{dtype}, {cache}, {ranks}, {loading}" for dtype, cache, ranks, loading in found]
+        names = [", ".join(map(str, key)) for key in found]
         left = np.zeros(len(found))
         for phase in PHASES:
             widths = np.array([phases[phase] for phases in found.values()])
             panel.barh(names, widths, left=left, label=phase)
             left += widths
         panel.invert_yaxis()
-        panel.set(xlabel="seconds", ylabel="dtype, page cache, ranks, loading")
+        panel.set(xlabel="seconds", ylabel="dtype, disk, prompt, ranks, loading")
         panel.legend(fontsize="small")
 
 
 def name_of(cell: dict) -> str:
-    how = f"{cell['ranks']} ranks, loading {cell['loading']}" if cell["what"] == "start" else cell["asked"]
-    return f"{cell['what']} {cell['dtype']}, {cell['cache']}, {how}, repeat {cell['repeat'] + 1}"
+    start = cell["what"] == "start"
+    how = f"{cell['prompt']} tokens, {cell['ranks']} ranks, loading {cell['loading']}" if start else cell["asked"]
+    return f"{cell['what']} {cell['dtype']}, {disk_of(cell)}, {how}, repeat {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:
@@ -179,20 +196,25 @@ def line_of(run: dict) -> str:
 @click.command(help=__doc__)
 @source_options
 @click.option("--ranks", type=Numbers(int, 1, 64), default="1,2,4", show_default=True)
+@click.option("--read-mbps", type=Numbers(float, 1, 1e5), default="90", show_default=True, help="Disks of devices.")
+@click.option("--prompt-tokens", type=Numbers(int, 1, 4000), default="4", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@shared_options("minutes", "json", "plot", minutes=15)
-def main(source, dtypes, ranks, repeats, minutes, out, png) -> int:
+@shared_options("pace", "minutes", "json", "plot", minutes=15)
+def main(source, dtypes, ranks, read_mbps, prompt_tokens, repeats, pace_ms, minutes, out, png) -> int:
     require_matplotlib(png)
     with stored_as(source, dtypes) as (shape, models):
-        results = Results("load", out, 0, model=shape, ranks=ranks, dtypes=dtypes, repeats=repeats)
+        settings = {"ranks": ranks, "dtypes": dtypes, "read_mbps": read_mbps, "prompt_tokens": prompt_tokens, "repeats": repeats}
+        results = Results("load", out, 0, model=shape, pace_ms=pace_ms, **settings)
+        disks = [*((cache, None) for cache in CACHES), *(("warm", mbps) for mbps in read_mbps)]
         groups = []
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]
             groups.append([{"what": "reading", **kind, "asked": asked} for kind in kinds for asked in ASKED])
             groups += [
-                [{"what": "start", **kind, "ranks": n, "loading": loading} for kind in kinds for loading in LOADING]
-                for n in ranks
-            ]
+                [{"what": "start", "dtype": dtype, "cache": cache, "read_mbps": mbps, "pace_ms": pace_ms, "repeat": repeat, "prompt": prompt, "ranks": n,
+                  "loading": loading} for loading in LOADING]
+                for dtype, (cache, mbps), prompt, n in product(dtypes, disks, prompt_tokens, ranks)
+            ]  # fmt: skip
 
         def run(cell: dict) -> dict:
             return (run_start if cell["what"] == "start" else run_reading)(cell, models[cell["dtype"]])
