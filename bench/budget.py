@@ -4,8 +4,8 @@ All heads and groups of the model on one rank, without the vocabulary, on one th
 a part of them staying in memory; the rest is read again at every token. In turns in one run, some tokens one right after the other: with
 all weights in memory (computing), the reading of what does not stay without computing (reading), and both at once, as the program does it.
 Cold: the model's files are taken out of the page cache before, and again after each part that was read; the kernel reads
-nothing ahead by itself. A device: as in the lab, a layer's attention or FFN takes at least 0.7 ms, and each record as long as from a disk
-of so many MB/s.
+nothing ahead by itself. A device, cold too: as in the lab, a layer's attention or FFN takes at least 0.7 ms, and each record as long as
+from a disk of so many MB/s.
 """
 
 import time
@@ -171,7 +171,7 @@ def main(source, dtypes, held, read_mbps, repeats, minutes, out) -> int:
     with stored_as(source, dtypes) as (shape, models):
         settings = {"dtypes": dtypes, "held": held, "read_mbps": read_mbps, "repeats": repeats, "rounds": ROUNDS, "tokens": TOKENS}
         results = Results("budget", out, 0, model=shape, pace_ms=PACE_S * 1e3, **settings)
-        disks = [*((cache, None) for cache in CACHES), *(("warm", mbps) for mbps in read_mbps)]
+        disks = [*((cache, None) for cache in CACHES), *(("cold", mbps) for mbps in read_mbps)]
         groups = [
             [{"dtype": dtype, "cache": cache, "read_mbps": mbps, "held": part, "repeat": repeat}]
             for repeat in range(repeats)

@@ -3,14 +3,16 @@
 From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
 the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root), and on ranks that play
 devices (`--pace-ms`) with disks of their own (`--read-mbps`); loading goes on while the prompt is computed (meanwhile, as the program does
-it) or comes first. Then the ffn records are read as a rank would: each a chunk of an HDF5 file, its checksum checked; one by one, and
-(together, as the program does it) with all of a layer asked of the kernel before.
+it) or comes first. Then all layers are loaded while nothing computes: each record a chunk of an HDF5 file, its checksum checked; one by one,
+and (ahead, as the program does it) with what comes next asked of the kernel before. How far the kernel reads ahead by itself is told.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +28,12 @@ from bench.rounds import conclude, failures, measure
 from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.convert import write_model
+from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.replacer import ROW
+from halo_mpi.model.kernels.choice import make_kernel
+from halo_mpi.model.loading import down_dtype, share_parts
+from halo_mpi.model.sizes import shape_bytes
+from halo_mpi.schedule.residence import reside
 from halo_mpi.sources import open_source
 from halo_mpi.store.encoding import DTYPES
 from halo_mpi.store.reader import ModelStore
@@ -34,7 +41,7 @@ from halo_mpi.store.reader import ModelStore
 SOURCE = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PHASES = ("python", "MPI", "import", "open", "load", "first token")
 CACHES = ("warm", "cold")
-ASKED = ("one by one", "together")
+ASKED = ("one by one", "ahead")
 LOADING = {"meanwhile": [], "first": ["--load-first"]}
 COLD_ENOUGH = 0.02  # of the pages still in memory; above it the file system cannot be made cold, and the run says so
 TIMEOUT_S = 120.0
@@ -88,33 +95,31 @@ def run_start(cell: dict, model: Path) -> dict:
 
 
 def run_reading(cell: dict, model: Path) -> dict:
-    """MB/s of all ffn records, with and without decoding to f32."""
-    share, began = prepare(model, cell["cache"]), time.perf_counter()
-    store = ModelStore(model)
-    layout, layers = store.layout("ffn"), config_of(model).layers
-    read_ms, decode_ms = [], []
-    for layer in range(layers):
-        entries, start = sorted(store.entries("ffn")), time.perf_counter()
-        if cell["asked"] == "together":
-            store.expect(layer, [("ffn", entry) for entry in entries])
-        for entry in entries:
-            record = store.read("ffn", layer, entry)
-            middle = time.perf_counter()
-            for name in layout.parts:
-                layout.unpack(record, name)
-            read_ms.append(round((middle - start) * 1e3, 4))
-            decode_ms.append(round((time.perf_counter() - middle) * 1e3, 4))
-            start = time.perf_counter()
+    """How long the loader takes for all layers, and how many bytes it reads."""
+    share, began, sizes = prepare(model, cell["cache"]), time.perf_counter(), []
+    store, config = ModelStore(model, lambda begin, size: sizes.append(size)), config_of(model)
+    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
+    _, parts = share_parts(store, kernel, *([list(range(count))] * config.layers for count in (config.heads, config.groups)))
+    if cell["asked"] == "one by one":
+        parts = [replace(part, expect=lambda: None) for part in parts]
+    loader = Loader(parts, reside([shape_bytes(part.shapes) for part in parts], None))
+    loader.load()
+    loader.close()
     store.close()
-    samples = {"record_bytes": layout.nbytes, "read_ms": read_ms, "decode_ms": decode_ms, "resident": share}
     cold = cell["cache"] == "warm" or share <= COLD_ENOUGH
     error = None if cold else f"{share:.0%} of the model cannot be dropped from the page cache here"
-    return {"status": "ok" if cold else "failed", "error": error, "wall_s": time.perf_counter() - began, **samples}
+    return {
+        "status": "ok" if cold else "failed",
+        "error": error,
+        "wall_s": time.perf_counter() - began,
+        "read_bytes": sum(sizes),
+        "read_s": loader.read_s,
+        "resident": share,
+    }
 
 
-def speed_mb_s(run: dict, decoded: bool = False) -> float:
-    took_ms = sum(run["read_ms"]) + (sum(run["decode_ms"]) if decoded else 0)
-    return run["record_bytes"] * len(run["read_ms"]) / took_ms / 1e3
+def speed_mb_s(run: dict) -> float:
+    return run["read_bytes"] / run["read_s"] / 1e6
 
 
 def starts(content: dict) -> dict[tuple, list[dict]]:
@@ -123,6 +128,15 @@ def starts(content: dict) -> dict[tuple, list[dict]]:
         if run["what"] == "start":
             found.setdefault((run["dtype"], disk_of(run), run["prompt"], run["ranks"], run["loading"]), []).append(run)
     return found
+
+
+def readahead_kb(path: Path) -> int | None:
+    """What the kernel reads ahead by itself on this file's disk; None if it does not tell."""
+    number = path.stat().st_dev
+    try:
+        return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue/read_ahead_kb").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def disk_of(cell: dict) -> str:
@@ -152,13 +166,17 @@ def table(content: dict) -> Table:
         "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: plan, read and decode the "
         "vocabulary and, with loading first, the share, which else is read until the first token"
     )
+    drawn.notes.append(f"the kernel's readahead here: {content['settings']['readahead_kb'] or '?'} KB")
+    read: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["what"] == "reading" and run["status"] == "ok":
-            drawn.notes.append(
-                f"reading {run['dtype']}, {run['cache']}, {run['asked']}, repeat {run['repeat'] + 1}: {len(run['read_ms'])} records of "
-                f"{run['record_bytes'] / 1e3:.0f} kB at {speed_mb_s(run):.0f} MB/s with checksum (p99 "
-                f"{np.percentile(run['read_ms'], 99):.2f} ms), {speed_mb_s(run, True):.0f} MB/s decoded to f32"
-            )
+            read.setdefault((run["dtype"], run["cache"], run["asked"]), []).append(run)
+    for (dtype, cache, asked), runs in read.items():
+        speeds = [speed_mb_s(run) for run in runs]
+        drawn.notes.append(
+            f"loading all layers, {dtype}, {cache}, {asked}: {runs[0]['read_bytes'] / 1e6:.0f} MB at {np.median(speeds):.0f} MB/s "
+            f"({min(speeds):.0f} .. {max(speeds):.0f})"
+        )
     drawn.notes += failures(content, name_of)
     return drawn
 
@@ -189,7 +207,7 @@ def name_of(cell: dict) -> str:
 
 def line_of(run: dict) -> str:
     return f"{name_of(run)}: " + (
-        f"{speed_mb_s(run):.0f} MB/s" if "read_ms" in run else f"{sum(run.get('phases_s', {}).values()):.2f} s"
+        f"{speed_mb_s(run):.0f} MB/s" if "read_bytes" in run else f"{sum(run.get('phases_s', {}).values()):.2f} s"
     )
 
 
@@ -204,15 +222,15 @@ def main(source, dtypes, ranks, read_mbps, prompt_tokens, repeats, pace_ms, minu
     require_matplotlib(png)
     with stored_as(source, dtypes) as (shape, models):
         settings = {"ranks": ranks, "dtypes": dtypes, "read_mbps": read_mbps, "prompt_tokens": prompt_tokens, "repeats": repeats}
-        results = Results("load", out, 0, model=shape, pace_ms=pace_ms, **settings)
+        results = Results("load", out, 0, model=shape, pace_ms=pace_ms, readahead_kb=readahead_kb(source), **settings)
         disks = [*((cache, None) for cache in CACHES), *(("warm", mbps) for mbps in read_mbps)]
         groups = []
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]
             groups.append([{"what": "reading", **kind, "asked": asked} for kind in kinds for asked in ASKED])
             groups += [
-                [{"what": "start", "dtype": dtype, "cache": cache, "read_mbps": mbps, "pace_ms": pace_ms, "repeat": repeat, "prompt": prompt, "ranks": n,
-                  "loading": loading} for loading in LOADING]
+                [{"what": "start", "dtype": dtype, "cache": cache, "read_mbps": mbps, "pace_ms": pace_ms, "repeat": repeat,
+                  "prompt": prompt, "ranks": n, "loading": loading} for loading in LOADING]
                 for dtype, (cache, mbps), prompt, n in product(dtypes, disks, prompt_tokens, ranks)
             ]  # fmt: skip
 
