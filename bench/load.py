@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -133,10 +133,11 @@ def starts(content: dict) -> dict[tuple, list[dict]]:
 def readahead_kb(path: Path) -> int | None:
     """What the kernel reads ahead by itself on this file's disk; None if it does not tell."""
     number = path.stat().st_dev
-    try:
-        return int(Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue/read_ahead_kb").read_text())
-    except (OSError, ValueError):
-        return None
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    for disk in (device, device.parent):  # of a partition
+        with suppress(OSError, ValueError):
+            return int((disk / "queue" / "read_ahead_kb").read_text())
+    return None
 
 
 def disk_of(cell: dict) -> str:
@@ -166,7 +167,8 @@ def table(content: dict) -> Table:
         "python: mpirun starts the ranks; MPI: MPI_Init; open: compare digests, tokenizer; load: plan, read and decode the "
         "vocabulary and, with loading first, the share, which else is read until the first token"
     )
-    drawn.notes.append(f"the kernel's readahead here: {content['settings']['readahead_kb'] or '?'} KB")
+    ahead_kb = content["settings"]["readahead_kb"]
+    drawn.notes.append(f"the kernel's readahead here: {'unknown' if ahead_kb is None else f'{ahead_kb} KB'}")
     read: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["what"] == "reading" and run["status"] == "ok":
@@ -223,7 +225,7 @@ def main(source, dtypes, ranks, read_mbps, prompt_tokens, repeats, pace_ms, minu
     with stored_as(source, dtypes) as (shape, models):
         settings = {"ranks": ranks, "dtypes": dtypes, "read_mbps": read_mbps, "prompt_tokens": prompt_tokens, "repeats": repeats}
         results = Results("load", out, 0, model=shape, pace_ms=pace_ms, readahead_kb=readahead_kb(source), **settings)
-        disks = [*((cache, None) for cache in CACHES), *(("warm", mbps) for mbps in read_mbps)]
+        disks = [*((cache, None) for cache in CACHES), *(("cold", mbps) for mbps in read_mbps)]
         groups = []
         for repeat in range(repeats):
             kinds = [{"dtype": dtype, "cache": cache, "repeat": repeat} for dtype in dtypes for cache in CACHES]

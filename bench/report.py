@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from bench import boards, budget, estimates, exactness, fault_schedules, faults, load, moving, overhead, placement, published, quality
-from bench import rank, reader, scaling, scenes, sorting, stress, tpot, tradeoff, unstable, validation
+from bench import rank, reader, scaling, scenes, solver, sorting, stress, tpot, tradeoff, unstable, validation
 from bench.results import ROOT, run_benchmark
 from bench.tables import Table, number
 from halo_mpi.figures import figure, require_matplotlib
@@ -73,6 +73,7 @@ KINDS = {
     "stress": Kind("Stress", stress.table),
     "unstable": Kind("Bad devices", unstable.table),
     "placement": Kind("Placement", placement.table),
+    "solver": Kind("Looking for shares", solver.table),
     "moving": Kind("Moving work", moving.table),
     "faults": Kind("Faults", faults.table),
     "fault_schedules": Kind("Random faults", fault_schedules.table),

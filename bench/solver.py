@@ -1,7 +1,8 @@
 """How long the scheduler looks for shares, for each known shape: python -m bench.solver [--devices 16] [--clusters 12] [--json FILE]
 
 Clusters are drawn: devices of up to fourfold different speed, one to four bad links, memory for 1.1 to 1.6 times the model in uneven
-parts, and disks to read from in every other one. Nothing is run on them: what a token would take is the cost model's word.
+parts, and disks to read from in every other one. Nothing is run on them: what a token would take is the cost model's word, and its mean the
+geometric one.
 """
 
 import time
@@ -42,7 +43,7 @@ def drawn(rng: np.random.Generator, sizes: Sizes, work: Work, count: int, disks:
 
 def table(content: dict) -> Table:
     """Seconds and the predicted time per token, by shape."""
-    found = Table("Seconds that looking for shares takes", ["model", "clusters", "no shares", "median", "most", "ms per token"], texts=1)
+    found = Table("Seconds that looking for shares takes", ["model", "clusters", "no shares", "median", "most", "ms per token, mean"], texts=1)
     for shape in dict.fromkeys(run["shape"] for run in content["runs"]):
         runs = [run for run in content["runs"] if run["shape"] == shape]
         seconds, tokens = [run["seconds"] for run in runs], [run["tpot_ms"] for run in runs if run["tpot_ms"]]

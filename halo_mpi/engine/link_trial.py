@@ -1,9 +1,12 @@
 """What the links between the root and the workers can do, measured at start-up, in some tenths of a second however bad they are.
 
 alone       each worker sends back what it is sent
-together    all do, again and again; who is late is not waited for, and asked again once it has answered
+together    all do, again and again, and more often if somebody seems unstable; who is late is not waited for, and asked again once it
+            has answered
 long        those with stable links answer with many vectors
 busy        those with stable links compute before they answer, as in the token loop
+
+Late is what was late when the root had looked last before it found it: it may have been away from its core since.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ LEAST_BUSY = 3  # of the last, however long they take
 ALONE_S, TOGETHER_S, LONG_S, BUSY_S = 0.1, 0.6, 0.2, 0.5  # no more are begun after so long: of one worker, of all of them
 LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
 LEAST_LATE = 3  # answers; fewer are the hiccups of a busy machine
+AWAY_MS = 2.0  # without a look; an answer that is found then may have come at any time of it
 UNDISTURBED = 25  # percentile of an answer's times, of which a link that loses many packets shows what it takes without
 
 
@@ -36,9 +40,10 @@ class LinkTrial:
         self._link, self._x = link, np.full((1, width), 0.5, np.float32)
         self._open: dict[int, tuple[int, float]] = {}  # what is awaited of workers that have not answered yet
         self._times_ms: dict[int, list[float]] = {rank: [] for rank in link.workers}
+        self._unseen_ms: dict[int, list[float]] = {rank: [] for rank in link.workers}  # of these, before the answer was found
         alone = self._alone()
         rounds = self._together(alone)
-        self.links = {rank: self._judged(alone[rank], self._times_ms[rank]) for rank in link.workers}
+        self.links = {rank: self._judged(rank, alone[rank]) for rank in link.workers}
         stable = [rank for rank, own in self.links.items() if own["late_rate"] < LATE_RATE]
         self.stable = stable or link.workers
         slowest_ms = self._slowest_ms(rounds)
@@ -64,24 +69,27 @@ class LinkTrial:
         self._link.echo(None, self._link.workers, last=True)
 
     def _alone(self) -> dict[int, list[float]]:
-        """The times of each worker's answers, one worker after the other."""
-        times: dict[int, list[float]] = {}
+        """The times of each worker's answers, one worker after the other; of those that were seen coming, if there are such."""
         for rank in self._link.workers:
-            times[rank], until = [], self._link.waiter.now() + ALONE_S
-            while len(times[rank]) < ALONE and (left_s := until - self._link.waiter.now()) > 0:
-                times[rank] += self._round([rank], left_s * 1e3).values()
-        return times
+            asked, until = 0, self._link.waiter.now() + ALONE_S
+            while asked < ALONE and (left_s := until - self._link.waiter.now()) > 0:
+                asked += len(self._round([rank], left_s * 1e3))
+        return {rank: self._seen(rank).tolist() or list(self._times_ms[rank]) for rank in self._link.workers}
+
+    def _seen(self, rank: int) -> np.ndarray:
+        """The times, ms, of answers before which the root was not away."""
+        return np.array(self._times_ms[rank])[np.array(self._unseen_ms[rank]) <= AWAY_MS]
 
     def _together(self, alone: dict[int, list[float]]) -> list[dict[int, float]]:
         """The times of the answers that came before the next round, by worker and round. `alone`: what they take one by one."""
         rounds, until = [], self._link.waiter.now() + TOGETHER_S
-        for times in self._times_ms.values():
-            times.clear()
+        for rank in self._link.workers:
+            self._times_ms[rank], self._unseen_ms[rank] = [], []
         for number in (TOGETHER, MORE_TOGETHER):
             while self._link.waiter.now() < until and min(map(len, self._times_ms.values())) < number:
                 least_ms = max(min(alone[rank] + own, default=0.0) for rank, own in self._times_ms.items())
                 rounds.append(self._round(self._link.workers, LATE * least_ms + LATE_MS))
-            if not any(self._judged(alone[rank], own)["late_rate"] >= LATE_RATE for rank, own in self._times_ms.items()):
+            if not any(self._judged(rank, own)["late_rate"] >= LATE_RATE for rank, own in alone.items()):
                 break
         return rounds
 
@@ -91,15 +99,18 @@ class LinkTrial:
         if asked:
             self._open |= self._link.ask_echo(self._x, asked)
         came = self._link.hear_echoes(self._open, asked or list(self._open), patience_ms / 1e3)
-        for rank, seconds in came.items():
+        for rank, (seconds, unseen_s) in came.items():
             self._times_ms[rank].append(seconds * 1e3)
-        return {rank: came[rank] * 1e3 for rank in asked if rank in came}
+            self._unseen_ms[rank].append(unseen_s * 1e3)
+        return {rank: came[rank][0] * 1e3 for rank in asked if rank in came}
 
-    def _judged(self, alone_ms: list[float], together_ms: list[float]) -> dict[str, float | None]:
+    def _judged(self, rank: int, alone_ms: list[float]) -> dict[str, float | None]:
         """Fields of a Device: what the link takes while nothing is lost, how often answers were late, and by how much."""
-        times = np.array(together_ms or alone_ms or [ALONE_S * 1e3])
-        usual = float(np.percentile(times, UNDISTURBED))
-        late = times[times > LATE * usual + LATE_MS]
+        times = np.array(self._times_ms[rank] or alone_ms or [ALONE_S * 1e3])
+        unseen = np.array(self._unseen_ms[rank] or [0.0] * len(times))
+        seen = self._seen(rank)
+        usual = float(np.percentile(seen if len(seen) else times, UNDISTURBED))
+        late = times[times - unseen > LATE * usual + LATE_MS]
         known = len(late) >= LEAST_LATE
         in_time = [ms for ms in alone_ms if ms <= LATE * usual + LATE_MS]
         return {

@@ -47,10 +47,11 @@ class Replacer:
         self._follow()
         self._telemetry.computed(rank, kind, self._parts[kind][layer][rank], seconds * 1e3 / (1 + ROW * (rows - 1)))
 
-    def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool) -> None:
-        """A worker's partial sum came; `waited_for`: else it may have come before, while the root computed."""
+    def answered(self, answer: Answer, kind: Kind, layer: int, waited_for: bool, unseen_s: float = 0.0) -> None:
+        """A worker's partial sum came; `waited_for`: else it may have come before, while the root computed; `unseen_s`: it may have come
+        so much before, while the root was away from its core."""
         self.computed(answer.rank, kind, layer, answer.took_s, len(answer.y))
-        self._telemetry.answered(answer.rank, (answer.latency_s - answer.took_s) * 1e3, waited_for, answer.unseen_s * 1e3)
+        self._telemetry.answered(answer.rank, (answer.latency_s - answer.took_s) * 1e3, waited_for, unseen_s * 1e3)
 
     def last_seen(self) -> list[dict]:
         """The devices as they are now, for the report."""

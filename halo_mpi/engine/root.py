@@ -228,7 +228,7 @@ class Root:
                     elif counting:
                         ledger.on_time += 1
                     if counting and self.replacer:
-                        self.replacer.answered(answer, kind, layer, waited_for=vigil.looked_at > own_done)
+                        self.replacer.answered(answer, kind, layer, vigil.looked_at > own_done, answer.unseen_s)
                 else:
                     self._take_late(answer)
             overdue = self._sums.overdue()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -35,11 +36,13 @@ def with_cost(cluster: Cluster, work: Work, heads: Sequence[int], groups: Sequen
     return Shares(heads, groups, token_cost(cluster, work.layers, heads, groups, read, gathered), gathered)
 
 
-def fits(cluster: Cluster, work: Work, counts: Counts) -> bool:
-    """Whether every device has the memory, read from disk or not, and the shards for its part."""
+def fits(cluster: Cluster, work: Work, counts: Counts, known: Counts | None = None) -> bool:
+    """Whether every device has the memory, read from disk or not, and the shards for its part. `known`: counts that fit."""
+    before = zip(*known) if known else repeat(None)
     return all(
         room(device, work, rank == 0, *own) >= 0 and all(count <= on_disk(device, work, kind) for kind, count in zip(KINDS, own))
-        for rank, (device, own) in enumerate(zip(cluster.devices, zip(*counts)))
+        for rank, (device, own, fitting) in enumerate(zip(cluster.devices, zip(*counts), before))
+        if own != fitting
     )
 
 

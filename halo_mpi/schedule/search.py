@@ -4,7 +4,7 @@ For the longest shares of attention and of the FFN, each device could do so many
 the devices, for each number of heads so far, says whether all heads and all groups find a place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -19,7 +19,8 @@ from halo_mpi.schedule.work import Work
 EVERY_CREW = 6  # workers, up to which all crews are tried
 SIZES = 6  # of a crew that are tried of more workers
 NEIGHBOURS = 3  # workers within a crew, and outside of it, that are tried in a move
-LOOKS = 6000  # devices looked at, all together, to see whether all finds a place
+LOOKS = 10_000  # at a device, all together, to see whether all finds a place; if it is seen at once that it does not, all count as one
+MANY_HEADS = 32  # with which a look takes about twice as long as with few, and with more in proportion to their square
 LEVELS = 120  # longest shares of attention that are tried with a pair of crews
 NONE = -(10**6)  # groups, where the heads alone are too much
 
@@ -34,20 +35,26 @@ def best_in_memory(cluster: Cluster, work: Work, starts: Sequence[Shares], looks
     search = _Search(cluster, work, starts, looks)
     if search.best or search.find_any():
         pairs = [(first, second) for first in search.crews for second in search.crews]
-        bounds = np.add.outer(*([sum(search.least_ms(kind, crew)) for crew in search.crews] for kind in (0, 1))).ravel()
-        promising = np.argsort(bounds, kind="stable")
+        least = [np.array([search.least_ms(kind, crew) for crew in search.crews]) for kind in (0, 1)]
         if len(cluster.devices) - 1 > EVERY_CREW:
-            for pair in promising:
-                if bounds[pair] >= search.best_ms:
-                    break
+            for pair in _promising(search, *(own[:, 0] for own in least)):  # not all of a crew need get something
                 search.try_in_turn(*pairs[pair])
-        for pair in promising:
-            if bounds[pair] >= search.best_ms or search.looks > looks:
+        for pair in _promising(search, *(own.sum(1) for own in least)):
+            if search.looks > looks:
                 break
             search.try_crews(*pairs[pair])
         if len(cluster.devices) - 1 > EVERY_CREW:
             search.change_crews()
     return search.best
+
+
+def _promising(search: "_Search", first: np.ndarray, second: np.ndarray) -> Iterator[int]:
+    """Pairs of crews by the least, ms, that each crew's kind of work takes, as long as that is less than the best so far."""
+    bounds = np.add.outer(first, second).ravel()
+    for pair in np.argsort(bounds, kind="stable"):
+        if bounds[pair] >= search.best_ms:
+            return
+        yield int(pair)
 
 
 class _Search:
@@ -185,8 +192,8 @@ class _Search:
         self.looks += 1
         if (self._weighed(rooms).sum(0) < work.groups + self._weights * work.heads).any():
             return None
-        self.looks += len(ranks)
-        sums = np.full((len(ranks) + 1, 2 * work.heads + 1), NONE)  # groups of the ranks before, by their heads less `work.heads`
+        self.looks += len(ranks) * (1 + (work.heads / MANY_HEADS) ** 2)
+        sums = np.full((len(ranks) + 1, 2 * work.heads + 1), NONE)  # groups of the ranks before, by their heads + `work.heads`
         sums[0, work.heads] = 0
         before = _windows(sums, work.heads)
         for row, room in enumerate(rooms):

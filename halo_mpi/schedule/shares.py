@@ -100,7 +100,8 @@ def _gathered(cluster: Cluster, work: Work, heads: Sequence[int], groups: Sequen
     """These counts, some workers that are dear to wait for in as few layers as possible; None if memory does not hold that."""
     dear = [rank for rank in _dear(cluster) if heads[rank] or groups[rank]][:NEIGHBOURS]
     tried = [with_cost(cluster, work, heads, groups, sorted(dear[: number + 1])) for number in range(len(dear))]
-    return min(filter(lambda other: _holds(cluster, work, other), tried), key=lambda other: other.cost.tpot_ms, default=None)
+    tried.sort(key=lambda other: other.cost.tpot_ms)
+    return next((other for other in tried if _holds(cluster, work, other)), None)
 
 
 def _holds(cluster: Cluster, work: Work, shares: Shares) -> bool:
@@ -132,8 +133,9 @@ def _why_not(cluster: Cluster, work: Work) -> str:
 def _improved(cluster: Cluster, work: Work, shares: Shares) -> Shares:
     """The same, after all moves that help."""
     while True:
+        counts_now = shares.heads, shares.groups
         better = min(
-            (with_cost(cluster, work, *counts) for counts in _moves(cluster, work, shares) if fits(cluster, work, counts)),
+            (with_cost(cluster, work, *counts) for counts in _moves(cluster, work, shares) if fits(cluster, work, counts, counts_now)),
             key=lambda other: other.cost.tpot_ms,
             default=shares,
         )
@@ -153,7 +155,8 @@ def _moves(cluster: Cluster, work: Work, shares: Shares) -> Iterator[Counts]:
     for kind, other_kind in (KINDS, KINDS[::-1]):
         count, own = work.count(kind), both[kind]
         times = [share_ms(device, kind, (own[rank] + 1) / count, rank == 0) for rank, device in enumerate(cluster.devices)]
-        takers = sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS]
+        longest_ms = shares.cost.attention.longest_ms if kind == Kind.ATTENTION else shares.cost.ffn.longest_ms
+        takers = [rank for rank in sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS] if readers or times[rank] < longest_ms]
         for giver, taker, back in product(sorted({longest[kind], *readers}), takers, (0, 1, 2)):
             if taker != giver and own[giver] and both[other_kind][taker] >= back:
                 counts = {kind: list(own), other_kind: list(both[other_kind])}

@@ -1,7 +1,8 @@
 """How the devices do while text flows: what was measured at the start, kept up to date by what their work takes.
 
 A device's speed is told by the time that its work takes, over what it should take by the first measurement: the median of the last tokens,
-so that one hiccup does not count. An answer is late when it took far longer beside computing than the link did at the start.
+so that one hiccup does not count. An answer is late when it took far longer beside computing than the link did at the start, and had
+already when the root had looked last before.
 """
 
 from collections import deque

@@ -19,7 +19,6 @@ KICKS_IN_FLIGHT = 16  # per worker: an outage must not pile them up
 LONGEST_KICK_S = 0.064
 TOUCH_S = 30.0  # between two messages that only tell that the root is there
 ECHO_PATIENCE_S = 0.02  # before an echo is kicked
-AWAY_S = 1e-3  # between two looks: something else had the core
 LAST_WORDS_S, UNHEARD_S = 10.0, 1.0  # so long the last words of a worker are waited for, and of one that is cut off
 NOTHING = np.empty((0, 0), np.float32)
 FEW_ROWS = 16  # whose answer takes about as long as that to one
@@ -79,7 +78,7 @@ class RootLink:
         if work:
             work()
         came = self.hear_echoes(awaited, workers)
-        return [came[rank] for rank in workers]
+        return [came[rank][0] for rank in workers]
 
     def ask_echo(self, x: np.ndarray | None, workers: list[int], lag: Echo = Echo.PLAIN, rows: int = 0) -> dict[int, tuple[int, float]]:
         """Begin to send what is to be sent back; by worker, which answer is awaited, and since when."""
@@ -89,17 +88,18 @@ class RootLink:
 
     def hear_echoes(
         self, awaited: dict[int, tuple[int, float]], workers: Iterable[int], within_s: float = math.inf
-    ) -> dict[int, float]:
-        """Wait for what these workers are to send back, but not longer than `within_s`: after how many seconds each answer was there.
+    ) -> dict[int, tuple[float, float]]:
+        """Wait for what these workers are to send back, but not longer than `within_s`: after how many seconds each answer was found, and
+        for how many before that the root did not look.
 
-        What came while the root was away counts from when it had looked last. All that comes is told, others' too, and taken out of `awaited`. Raises MissingError if somebody has ended, or is silent for long.
+        All that comes is told, others' too, and taken out of `awaited`. Raises MissingError if somebody has ended, or is silent for long.
         """
         begin, came, patience = self.waiter.now(), {}, Patience(SILENT_S, self.waiter)
         while awaited.keys() & workers and self.waiter.now() - begin < within_s:
             for answer in self.poll():
                 seq, asked_at = awaited.get(answer.rank, (None, 0.0))
                 if answer.seq == seq:
-                    came[answer.rank] = self.waiter.now() - asked_at - (answer.unseen_s if answer.unseen_s > AWAY_S else 0.0)
+                    came[answer.rank] = self.waiter.now() - asked_at, answer.unseen_s
                     del awaited[answer.rank]
             if self.waiter.now() - begin > ECHO_PATIENCE_S:
                 for rank in awaited:
