@@ -98,6 +98,9 @@ class Recorder(Box):
         self.delays = itertools.repeat(seconds)
 
 
+GROUP_S = 0.004
+
+
 class Star:
     """A root and a worker; every message but for pings takes `delay_s`."""
 
@@ -113,7 +116,11 @@ class Star:
 
     def _work(self) -> None:
         while request := self._worker.next():
-            self._worker.answer(request, request.x)
+            if request.kind == Kind.PROBE:  # computes six times, and tells of one
+                self.clock.time_s += 6 * GROUP_S
+                self._worker.answer(request, None, GROUP_S, beside_s=5 * GROUP_S)
+            else:
+                self._worker.answer(request, request.x)
 
     def ask(self) -> float:
         """When."""
@@ -177,3 +184,13 @@ def test_without_kicks_there_are_none():
     star = Star(0.0, 1e6)
     star.ask()
     assert not star.wait(1.0)
+
+
+def test_what_a_probe_computes_is_not_the_links_time():
+    star = Star(KICK_S, 1e-3)
+    star.link.probe_speed(1)
+    while star.peer.probe is None:
+        list(star.link.poll())
+        star.clock.wait()
+    probe = star.peer.probe
+    assert probe.took_s == pytest.approx(GROUP_S) and probe.latency_s - probe.took_s == pytest.approx(2e-3, abs=2 * TICK_S)

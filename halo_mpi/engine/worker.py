@@ -63,7 +63,9 @@ class Worker:
             return True
         if request.kind == Kind.PROBE:
             self._group = self._group or OneGroup(self._holdings.kernel, self._holdings.ranks, self._marks)
-            self._link.answer(request, None, self._group.usual_s())
+            begin = time.perf_counter()
+            took_s = self._group.usual_s()
+            self._link.answer(request, None, took_s, beside_s=time.perf_counter() - begin - took_s)
             return True
         if request.kind == Kind.HEAD:
             self._score(request)

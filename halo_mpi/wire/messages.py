@@ -6,9 +6,9 @@
 seq grows by one per request over the whole job, and an answer carries the seq of its request. position is the place in
 the text of the first of `rows` tokens; epoch counts the texts (modulo 256): what is asked under an old one is no longer
 computed. plan (modulo 256) tells by which of the plans that a worker was sent its part is counted. lag: the answer to any request before
-seq - lag is no longer of use; in an answer, how long it took to compute, in `TOOK_S`. Vectors are f32, f16, or q8: for each row the
-scales (f16) of its blocks of 32 values, then one signed byte per value; or plain bytes. At hidden 576 a decode message is 1168 bytes with
-f16 and 628 with q8, so one TCP segment.
+seq - lag is no longer of use; in an answer, how long it took to compute, in `TOOK_S`; position: in the answer to a PROBE, how long the
+worker computed beside that. Vectors are f32, f16, or q8: for each row the scales (f16) of its blocks of 32 values, then one signed byte per
+value; or plain bytes. At hidden 576 a decode message is 1168 bytes with f16 and 628 with q8, so one TCP segment.
 """
 
 from enum import IntEnum
@@ -21,7 +21,7 @@ HEADER = np.dtype(
     [("seq", "<u4"), ("position", "<u4"), ("lag", "<u2"), ("layer", "u1"), ("rows", "u1"), ("kind", "u1"), ("wire", "u1"),
      ("epoch", "u1"), ("plan", "u1")]
 )  # fmt: skip
-PROTOCOL = 9  # ranks with another number refuse to work together
+PROTOCOL = 10  # ranks with another number refuse to work together
 TAG = 7
 WIRES = ("f32", "f16", "q8")
 BYTES = "bytes"  # of text, one per value

@@ -175,8 +175,8 @@ class RootLink:
             elif kind == Kind.FAILURE:
                 self.failures.setdefault(rank, rows_text(message.read()))
             elif kind == Kind.PROBE:
-                peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, now - peer.probed_at,
-                                    now - max(peer.probed_at, looked_at))  # fmt: skip
+                latency_s = now - peer.probed_at - int(header["position"]) * TOOK_S  # as if it had computed only what it tells
+                peer.probe = Answer(rank, seq, NOTHING, int(header["lag"]) * TOOK_S, latency_s, now - max(peer.probed_at, looked_at))
                 peer.probed_at = None
             elif kind != Kind.TRAILER:
                 if seq not in peer.asked_at:

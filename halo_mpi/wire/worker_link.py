@@ -91,12 +91,16 @@ class WorkerLink:
         """Whether the root can still use the answer."""
         return request.seq >= self._oldest_useful
 
-    def answer(self, request: Request, y: np.ndarray | None, took_s: float = 0.0, wire: str | None = None) -> None:
-        """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer."""
+    def answer(self, request: Request, y: np.ndarray | None, took_s: float = 0.0, wire: str | None = None,
+               beside_s: float = 0.0) -> None:  # fmt: skip
+        """Start sending y, f32 [rows, width], as the answer to `request`; None: it is done, and nobody needs the answer.
+
+        `beside_s`: what a probe took beside the `took_s` that it tells.
+        """
         self._done = request.seq
         took = round(took_s / TOOK_S)
         if request.kind in UNANSWERED_IN_VECTORS or request.kind == Kind.HEAD and y is None:
-            self._mailbox.post([ROOT], Kind(request.kind), request.seq, lag=took)
+            self._mailbox.post([ROOT], Kind(request.kind), request.seq, position=round(beside_s / TOOK_S), lag=took)
         elif y is not None:
             self._mailbox.post([ROOT], Kind(request.kind), request.seq, request.layer, request.position, y, lag=took, wire=wire)
         self._waiter.heard()  # the next request comes soon after an answer, however long that took
