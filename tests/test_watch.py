@@ -12,7 +12,8 @@ from halo_mpi.model.sizes import Sizes, shape_bytes
 from halo_mpi.schedule.cost import KINDS, Cluster, Device
 from halo_mpi.schedule.placement import changed_keys, make_plan, moved, without_ends
 from halo_mpi.schedule.room import room
-from halo_mpi.schedule.shares import Work
+from halo_mpi.schedule.shares import with_cost
+from halo_mpi.schedule.work import Work
 from halo_mpi.schedule.telemetry import Telemetry
 from halo_mpi.schedule.watch import HOLD_S, LOOK_S, Watch
 from halo_mpi.wire.messages import Kind
@@ -154,6 +155,23 @@ def test_a_hot_device_gives_work_away_within_seconds_and_gets_it_back():
     cooled = now + 60 + HOLD_S
     back, target = seconds(watch, ALIKE, (shares.heads, shares.groups), cooled)
     assert back - cooled < 5 and target.advice.chosen == "even"
+
+
+def test_shares_become_as_they_were_at_the_start_though_little_is_gained():
+    """As in the lab: what the three others do without the hot one is nearly as good, by the model."""
+    cool = Cluster([Device("pi1", 3, 3), *[Device("pi", 3, 3, link_ms=0.3)] * 3], 0.5, 0.2)
+    hot = replace(cool, devices=[*cool.devices[:2], Device("pi", 12, 12, link_ms=0.3), cool.devices[3]])
+    first, away = ([3, 2, 2, 2], [4, 3, 3, 2]), ([4, 3, 0, 2], [5, 4, 0, 3])
+    costs = [with_cost(cool, WORK, *counts).cost.tpot_ms for counts in (first, away)]
+    assert 1 < costs[1] / costs[0] < 1.1
+    watch = Watch(WORK, False, (), first)
+    assert seconds(watch, cool, first) is None
+    now, target = seconds(watch, hot, first, 60.0)
+    assert target.advice.chosen == "measured" and seconds(watch, hot, away, now) is None
+    cooled = now + 60 + HOLD_S
+    back, target = seconds(watch, cool, away, cooled)
+    assert back - cooled < 5 and (target.advice.shares.heads, target.advice.shares.groups) == ((3, 2, 2, 2), (4, 3, 3, 2))
+    assert seconds(watch, cool, first, back) is None
 
 
 def test_one_look_is_not_enough():

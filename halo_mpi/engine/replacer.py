@@ -35,7 +35,8 @@ class Replacer:
         self._sizes, self._config, self._work, self._disks, self._calibration = sizes, sizes.config, work, disks, calibration
         self._mover, self._crew, self._link, self._note, self._phase = mover, crew, link, note, phase
         self._telemetry = Telemetry(cluster)
-        self._watch = Watch(work, calibration is not None, unstable)
+        first = None if mover.plan.gathered else mover.plan.counts(link.ranks)
+        self._watch = Watch(work, calibration is not None, unstable, first)
         self._aim: Plan | None = None  # until it is reached
         self._moving = False
         self._probed_at = 0.0

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halo_mpi.errors import MemoryBudgetError
-from halo_mpi.schedule.advice import Advice, advise
+from halo_mpi.schedule.advice import WORTH, Advice, advise
+from halo_mpi.schedule.candidates import Counts, fits, with_cost
 from halo_mpi.schedule.cost import Cluster, Device
-from halo_mpi.schedule.shares import Work, with_cost
+from halo_mpi.schedule.work import Work
 
 LOOK_S = 0.4
 CHANGED, LATE_CHANGED = 0.15, 0.02  # of a device's time, and of its answers late: less is not looked into
-GAIN, LOSS = 0.1, 0.02  # of a token's time: for so much work moves; shares become even again if no more than that is lost by it
+GAIN, LOSS = 0.1, 0.02  # of a token's time: for so much work moves; shares become even, or as at first, if no more is lost by it
 ENOUGH = 1.2  # what the gains seen in successive looks must add up to: 3 looks if half of the time can be saved, 8 for little
 LEAST = 0.15  # that a look adds
 MOST_LOOKS = 3.0  # that one look counts for
@@ -32,10 +33,10 @@ class Target:
 
 
 class Watch:
-    """`work`: what there is to share out; `calibrated`: it is known what matters."""
+    """`work`: what there is to share out; `calibrated`: it is known what matters; `first`: heads and groups by rank at the start."""
 
-    def __init__(self, work: Work, calibrated: bool, unstable: tuple[int, ...] = ()):
-        self._work, self._calibrated, self._unstable = work, calibrated, unstable
+    def __init__(self, work: Work, calibrated: bool, unstable: tuple[int, ...] = (), first: Counts | None = None):
+        self._work, self._calibrated, self._unstable, self._first = work, calibrated, unstable, first
         self._looked_at = self._moved_at = -LONGEST_HOLD_S
         self._hold_s, self._gains, self._quiet, self._look_took_s = HOLD_S, 0.0, 0, 0.0
         self._settled: list[tuple[float, ...]] | None = None  # the devices when nothing was worth a move
@@ -85,6 +86,8 @@ class Watch:
         gone = [rank for rank, device in enumerate(cluster.devices) if _is_gone(device) and (heads[rank] or groups[rank])]
         if gone:
             return Target(advice, 0.0, f"rank {gone[0]} does not answer", urgent=True)
+        if not gathered and (again := self._as_at_first(cluster, advice, now_ms, (heads, groups))):
+            return again
         if gain > (-LOSS if advice.chosen == "even" and not is_even else GAIN):
             saved = f"a token would take {shares.cost.tpot_ms:.0f} ms instead of {now_ms:.0f}"
             return Target(advice, gain, saved if gain > GAIN else "the devices are about alike again")
@@ -93,6 +96,16 @@ class Watch:
             return None
         named = ", ".join(map(str, unstable))
         return Target(advice, 0.0, f"what matters least should be on rank {named}" if unstable else "all ranks are stable again")
+
+    def _as_at_first(self, cluster: Cluster, advice: Advice, now_ms: float, now: Counts) -> Target | None:
+        """Back to the shares of the start, if these are about as good as the best ones again: a device has recovered."""
+        if self._first is None or [*map(list, self._first)] == [*map(list, now)] or not fits(cluster, self._work, self._first):
+            return None
+        first = with_cost(cluster, self._work, *self._first)
+        if first.cost.tpot_ms > min((1 + LOSS) * now_ms, advice.shares.cost.tpot_ms / (1 - WORTH)):
+            return None
+        there = Advice({**advice.options, "first": first}, "first", advice.unstable)
+        return Target(there, max(0.0, 1 - first.cost.tpot_ms / now_ms), "the devices are about as at the start again")
 
 
 def _is_gone(device: Device) -> bool:
