@@ -19,7 +19,7 @@ from halo_mpi.schedule.telemetry import LATE, LATE_MS
 from halo_mpi.wire.root_link import RootLink
 
 ALONE, TOGETHER, BUSY = 6, 32, 32  # echoes of each link, rounds of all links at once, and rounds in which all compute
-MORE_TOGETHER = 4 * TOGETHER  # if somebody seems unstable: short rounds are over in a moment in which a busy machine stood still thrice
+MORE_TOGETHER = 4 * TOGETHER  # if somebody seems unstable: the first may all lie in one moment in which a busy machine stood still
 LEAST_BUSY = 3  # of the last, however long they take
 ALONE_S, TOGETHER_S, LONG_S, BUSY_S = 0.1, 0.6, 0.2, 0.5  # no more are begun after so long: of one worker, of all of them
 LONG_BYTES, LONG_ALONE, LONG_TOGETHER = 48 * 2**10, 3, 5  # long answers of each link, and of all links at once
