@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from bench.load import CACHES, prepare, source_options, stored_as
+from bench.load import CACHES, all_layers, disk_of, prepare, source_options, stored_as
 from bench.modes import Numbers
 from bench.pagecache import drop_records, resident, without_readahead
 from bench.results import Results, run_benchmark, shared_options
@@ -27,9 +27,7 @@ from bench.shapes import config_of
 from bench.tables import Table, number
 from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.marks import sleep_as_disk
-from halo_mpi.model.kernels.choice import make_kernel
 from halo_mpi.model.kernels.kernel import Share
-from halo_mpi.model.loading import down_dtype, share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
 from halo_mpi.store.reader import ModelStore
@@ -49,9 +47,7 @@ def loading(model: Path, held: float, cold: bool, read_mbps: float | None = None
             sleep_as_disk(begin, size, read_mbps)
 
     store, config = ModelStore(model, pace), config_of(model)
-    heads, groups = [list(range(config.heads))] * config.layers, [list(range(config.groups))] * config.layers
-    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
-    layers, parts = share_parts(store, kernel, heads, groups)
+    kernel, layers, parts = all_layers(store, config)
     sizes = [shape_bytes(part.shapes) for part in parts]
     if cold:
         without_readahead(store)
@@ -134,7 +130,7 @@ def table(content: dict) -> Table:
     found: dict[tuple, list[dict]] = {}
     for run in content["runs"]:
         if run["status"] == "ok":
-            found.setdefault((run["dtype"], source_of(run), run["held"]), []).append(run)
+            found.setdefault((run["dtype"], disk_of(run), run["held"]), []).append(run)
     for (dtype, disk, held), runs in found.items():
         typical = np.median([medians(run) for run in runs], axis=0)
         ratios = [ratio(run) for run in runs]
@@ -147,12 +143,8 @@ def table(content: dict) -> Table:
     return drawn
 
 
-def source_of(cell: dict) -> str:
-    return f"{cell['read_mbps']:g} MB/s, device" if cell.get("read_mbps") else cell["cache"]
-
-
 def name_of(cell: dict) -> str:
-    return f"{cell['dtype']}, {source_of(cell)}, {cell['held']:.0%} held, repeat {cell['repeat'] + 1}"
+    return f"{cell['dtype']}, {disk_of(cell)}, {cell['held']:.0%} held, repeat {cell['repeat'] + 1}"
 
 
 def line_of(run: dict) -> str:

@@ -1,10 +1,10 @@
-"""How long a start takes, phase by phase, and how fast groups are read: python -m bench.load [--json FILE] [--plot FILE.png]
+"""How long a start takes, phase by phase, and how fast layers are loaded: python -m bench.load [--json FILE] [--plot FILE.png]
 
 From the start of mpirun to the first token, on 1, 2 and 4 ranks of this machine, for weights stored as f32 and as int4, with
 the model's files in the page cache (warm) and not (cold: only these files are dropped, which needs no root), and on ranks that play
 devices (`--pace-ms`) with disks of their own (`--read-mbps`); loading goes on while the prompt is computed (meanwhile, as the program does
-it) or comes first. Then all layers are loaded while nothing computes: each record a chunk of an HDF5 file, its checksum checked; one by one,
-and (ahead, as the program does it) with what comes next asked of the kernel before. How far the kernel reads ahead by itself is told.
+it) or comes first. Then all layers are loaded while nothing computes: each record a chunk of an HDF5 file, its checksum checked; one by
+one, and (ahead, as the program does it) with what comes next asked of the kernel before. How far the kernel reads ahead by itself is told.
 """
 
 import os
@@ -30,8 +30,11 @@ from bench.tables import Table, number
 from halo_mpi.convert import write_model
 from halo_mpi.engine.loader import Loader
 from halo_mpi.engine.replacer import ROW
+from halo_mpi.model.config import ModelConfig
 from halo_mpi.model.kernels.choice import make_kernel
-from halo_mpi.model.loading import down_dtype, share_parts
+from halo_mpi.model.kernels.kernel import Kernel
+from halo_mpi.model.layer_weights import LayerWeights
+from halo_mpi.model.loading import Part, down_dtype, share_parts
 from halo_mpi.model.sizes import shape_bytes
 from halo_mpi.schedule.residence import reside
 from halo_mpi.sources import open_source
@@ -94,12 +97,18 @@ def run_start(cell: dict, model: Path) -> dict:
     return run
 
 
+def all_layers(store: ModelStore, config: ModelConfig) -> tuple[Kernel, list[LayerWeights], list[Part]]:
+    """A kernel of one thread, all heads and groups of the model without room yet, and what they are read in."""
+    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
+    everything = ([list(range(count))] * config.layers for count in (config.heads, config.groups))
+    return kernel, *share_parts(store, kernel, *everything)
+
+
 def run_reading(cell: dict, model: Path) -> dict:
     """How long the loader takes for all layers, and how many bytes it reads."""
     share, began, sizes = prepare(model, cell["cache"]), time.perf_counter(), []
     store, config = ModelStore(model, lambda begin, size: sizes.append(size)), config_of(model)
-    kernel = make_kernel("auto", config, store.meta["dtype"], 1, down_dtype=down_dtype(store))
-    _, parts = share_parts(store, kernel, *([list(range(count))] * config.layers for count in (config.heads, config.groups)))
+    parts = all_layers(store, config)[2]
     if cell["asked"] == "one by one":
         parts = [replace(part, expect=lambda: None) for part in parts]
     loader = Loader(parts, reside([shape_bytes(part.shapes) for part in parts], None))

@@ -150,14 +150,15 @@ def _moves(cluster: Cluster, work: Work, shares: Shares) -> Iterator[Counts]:
     What reads from disk, reads less in all syncs if it has less of any kind.
     """
     both = {Kind.ATTENTION: shares.heads, Kind.FFN: shares.groups}
-    longest = {kind: sync.longest for kind, sync in zip(KINDS, (shares.cost.attention, shares.cost.ffn))}
-    readers = {rank for rank in {0, *longest.values()} if cluster.devices[rank].read_gbps is not None}
+    syncs = dict(zip(KINDS, (shares.cost.attention, shares.cost.ffn)))
+    readers = {rank for rank in {0, *(sync.longest for sync in syncs.values())} if cluster.devices[rank].read_gbps is not None}
     for kind, other_kind in (KINDS, KINDS[::-1]):
         count, own = work.count(kind), both[kind]
         times = [share_ms(device, kind, (own[rank] + 1) / count, rank == 0) for rank, device in enumerate(cluster.devices)]
-        longest_ms = shares.cost.attention.longest_ms if kind == Kind.ATTENTION else shares.cost.ffn.longest_ms
-        takers = [rank for rank in sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS] if readers or times[rank] < longest_ms]
-        for giver, taker, back in product(sorted({longest[kind], *readers}), takers, (0, 1, 2)):
+        takers = sorted(range(len(own)), key=times.__getitem__)[:NEIGHBOURS]
+        if not readers:
+            takers = [rank for rank in takers if times[rank] < syncs[kind].longest_ms]
+        for giver, taker, back in product(sorted({syncs[kind].longest, *readers}), takers, (0, 1, 2)):
             if taker != giver and own[giver] and both[other_kind][taker] >= back:
                 counts = {kind: list(own), other_kind: list(both[other_kind])}
                 counts[kind][giver] -= 1
